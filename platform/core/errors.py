@@ -1,0 +1,102 @@
+"""The error tree.
+
+LorafleetError
+├── ConfigError            a setting or a command-line value is wrong        (exit code 2)
+├── InvalidRequest         a field of a generation request is out of range   (HTTP 422)
+├── BaseNotFound           no base model under that id, path or revision     (exit code 1)
+├── BaseUnreadable         a base model is there but cannot be loaded        (exit code 1)
+├── RecipeMismatch         a recipe was made by another base model           (HTTP 409)
+├── Overloaded             the queue is full, try again later                (HTTP 429)
+├── NotReady               no replica can answer yet                         (HTTP 503)
+├── DeadlineExceeded       the request's time is up                          (HTTP 504)
+└── GenerationFailed       the model produced no usable image                (HTTP 500)
+
+Each class carries a stable `code` for machines; the message is one sentence for people that names the field
+and the fix. HTTP statuses are chosen in one place, `lorafleet.serve.api`.
+"""
+
+from typing import ClassVar
+
+
+class LorafleetError(Exception):
+    """Base of every error this project raises on purpose.
+
+    `param` names the request field or setting at fault, if there is one.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (replica -> gateway): keyword arguments need help to be pickled.
+        return _rebuild, (type(self), self.message, self.param, self.__dict__.copy())
+
+
+def _rebuild(
+    cls: type[LorafleetError], message: str, param: str | None, state: dict[str, object]
+) -> LorafleetError:
+    error = cls(message, param=param)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(LorafleetError):
+    """A setting is unknown, unparsable, out of range or contradicts another one."""
+
+    code = "invalid_config"
+
+
+class InvalidRequest(LorafleetError):
+    """A field of a request is unknown, of the wrong type or out of range."""
+
+    code = "invalid_value"
+
+
+class BaseNotFound(LorafleetError):
+    """No base model under the given id, path or revision."""
+
+    code = "base_not_found"
+
+
+class BaseUnreadable(LorafleetError):
+    """The base model's folder is there but incomplete, corrupt or of another architecture."""
+
+    code = "base_unreadable"
+
+
+class RecipeMismatch(LorafleetError):
+    """A recipe asks for another base model than the one that is loaded."""
+
+    code = "recipe_mismatch"
+
+
+class Overloaded(LorafleetError):
+    """The service has as much work queued as it accepts. `retry_after_s` says when to come back."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(LorafleetError):
+    """No replica can answer at the moment."""
+
+    code = "not_ready"
+
+
+class DeadlineExceeded(LorafleetError):
+    """The request's deadline passed before its images were done."""
+
+    code = "deadline_exceeded"
+
+
+class GenerationFailed(LorafleetError):
+    """The model produced no usable image (non-finite values, out of memory)."""
+
+    code = "generation_failed"

@@ -21,37 +21,33 @@ MIN_SIDE_PX: Final = 64
 MAX_SIDE_PX: Final = 2048
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
+NegativePrompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+SidePx = Annotated[int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+ImageCount = Annotated[int, Field(ge=1, le=MAX_IMAGES)]
 
 
 class GenerationRequest(BaseModel):
     """A request for `num_images` images of one prompt.
 
-    Image i uses seed `seed + i` (mod 2**32), so that each image can be made again alone. `width`/`height` left out
-    mean the base model's own size; the base model narrows their range further (see `lorafleet.sdxl.base`).
+    Image i uses seed `seed + i` (mod 2**32), so that each image can be made again alone. `width`/`height` left
+    out mean the base model's own size; the base model narrows their range further (see `lorafleet.sdxl.base`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     prompt: Prompt = Field(description=f"what to draw, 1 to {MAX_PROMPT_CHARS} characters")
-    negative_prompt: str = Field(
-        default="", max_length=MAX_PROMPT_CHARS, description=f"what to avoid, at most {MAX_PROMPT_CHARS} characters"
+    negative_prompt: NegativePrompt = Field(
+        default="", description=f"what to avoid, at most {MAX_PROMPT_CHARS} characters"
     )
-    width: int | None = Field(
-        default=None, ge=MIN_SIDE_PX, le=MAX_SIDE_PX, description="pixels, on the base model's grid"
-    )
-    height: int | None = Field(
-        default=None, ge=MIN_SIDE_PX, le=MAX_SIDE_PX, description="pixels, on the base model's grid"
-    )
-    steps: int = Field(default=20, ge=1, le=MAX_STEPS, description="denoising steps")
-    guidance_scale: float = Field(
-        default=5.0,
-        ge=0.0,
-        le=MAX_GUIDANCE,
-        allow_inf_nan=False,
-        description="classifier-free guidance; 1 and below switch it off",
-    )
+    width: SidePx | None = Field(default=None, description="pixels, on the base model's grid")
+    height: SidePx | None = Field(default=None, description="pixels, on the base model's grid")
+    steps: Steps = Field(default=20, description="denoising steps")
+    guidance_scale: Guidance = Field(default=5.0, description="classifier-free guidance; 1 and below switch it off")
     scheduler: SchedulerName = Field(default="euler", description="the sampler")
-    seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="noise seed; left out: a random one, returned with the image"
+    seed: Seed | None = Field(
+        default=None, description="noise seed; left out: a random one, returned with the image"
     )
-    num_images: int = Field(default=1, ge=1, le=MAX_IMAGES, description="images to make, seeds counting up")
+    num_images: ImageCount = Field(default=1, description="images to make, seeds counting up")

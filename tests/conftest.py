@@ -1,0 +1,75 @@
+"""What every test gets: a home of its own, no model hub, marks by folder, and skips that can be made failures."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorafleet.core.config import required
+
+KINDS = ("unit", "integration", "e2e", "gpu")
+
+
+def _has_gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+# Optional things: how to find one, and what to say when it is missing.
+PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
+    "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
+    "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
+    "gpu": (_has_gpu, "no CUDA device on this machine"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in [name for name in os.environ if name.startswith("LORAFLEET_") and name != "LORAFLEET_REQUIRE"]:
+        del os.environ[name]
+    unknown = required() - PROBES.keys()
+    if unknown:
+        raise pytest.UsageError(f"LORAFLEET_REQUIRE names {sorted(unknown)}; known are {sorted(PROBES)}")
+    home = tempfile.mkdtemp(prefix="lorafleet-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    os.environ["LORAFLEET_HOME"] = home
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    root = config.rootpath / "tests"
+    for item in items:
+        kind = item.path.relative_to(root).parts[0]
+        if kind in KINDS:
+            item.add_marker(kind)
+    items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        _need("gpu")
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[str], str]:
+    """`require("browser")` finds it, or skips the test; it fails instead if LORAFLEET_REQUIRE names it."""
+    return _need
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).parent.parent
+
+
+def _need(name: str) -> str:
+    probe, missing = PROBES[name]
+    found = probe()
+    if found is None:
+        if name in required():
+            pytest.fail(f"{missing}, and LORAFLEET_REQUIRE names {name}", pytrace=False)
+        pytest.skip(missing)
+    return found

@@ -1,0 +1,1 @@
+"""The `lorafleet` command. Every module imports what is heavy (torch, ray, httpx) only when it runs."""

@@ -1,0 +1,174 @@
+"""`lorafleet generate`: images from a running service, or made in this process with --local."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from pydantic import ValidationError
+
+from lorafleet.cli.options import ConfigFile, Json, Overrides, serve_settings
+from lorafleet.core.errors import InvalidRequest, RecipeMismatch
+from lorafleet.core.generation import SCHEDULERS, GenerationRequest
+from lorafleet.core.ranges import invalid_request
+
+if TYPE_CHECKING:
+    from lorafleet.core.recipe import Recipe
+    from lorafleet.serve.config import ServeSettings
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Result(Protocol):
+    """What the client and the pipeline both give."""
+
+    @property
+    def images(self) -> Sequence[bytes]: ...
+    @property
+    def seeds(self) -> Sequence[int]: ...
+    @property
+    def timings(self) -> Mapping[str, float]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to draw; not needed with --recipe.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file; several images are numbered.")] = Path(
+        "out.png"
+    ),
+    seed: Annotated[int | None, typer.Option(help="Noise seed [default: a random one, printed].")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps [default: 20].")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How strictly to follow the prompt [default: 5].")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels [default: the base model's].")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels [default: the base model's].")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)} [default: euler].")] = None,
+    num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Images, seeds counting up.")] = None,
+    url: Annotated[str | None, typer.Option(help=f"The service [default: {DEFAULT_URL}].")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Load the model here instead of asking a service.")
+    ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Make this image again; other options change what they name.")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Make images of PROMPT and save them as PNG files, each with its recipe inside."""
+    if local and url:
+        raise typer.BadParameter("--local makes the image here, --url elsewhere: give one of them.")
+    if not local and (config or overrides):
+        raise typer.BadParameter("--config and --set configure --local; a service has its own settings.")
+    if recipe and num_images:
+        raise typer.BadParameter("--recipe makes one image; leave out --num-images.")
+    if recipe is None and prompt is None:
+        raise typer.BadParameter("give a PROMPT, or an image to make again with --recipe.")
+    fields = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        "num_images": num_images,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    wanted = _request(given, recipe)
+    files = _files(output, 1 if recipe else num_images or 1)
+    if local:
+        result = _generate_here(wanted, serve_settings(config, overrides))
+    else:
+        result = _generate_there(wanted, url or DEFAULT_URL)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for file, image in zip(files, result.images, strict=True):
+        file.write_bytes(image)
+    _report(files, result, as_json)
+
+
+def _request(given: dict[str, Any], recipe_file: Path | None) -> "GenerationRequest | Recipe":
+    from lorafleet.core.recipe import Recipe, extract
+
+    fields = {**extract(recipe_file).model_dump(), **given} if recipe_file else given
+    kind = Recipe if recipe_file else GenerationRequest
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_request(error, kind) from None
+
+
+def _files(output: Path, count: int) -> list[Path]:
+    """Where the images go; checked before the work is done."""
+    if output.suffix.lower() != ".png":
+        raise InvalidRequest(f"images are saved as PNG: {output} should end in .png.", param="output")
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"there is no folder {output.parent} to save {output.name} in.", param="output")
+    files = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(1, count + 1)]
+    for file in files:
+        if file.is_dir():
+            raise InvalidRequest(f"{file} is a folder: name a file in it.", param="output")
+    return files
+
+
+def _generate_there(wanted: "GenerationRequest | Recipe", url: str) -> Result:
+    from rich.console import Console
+
+    from lorafleet.client import Client
+
+    with Client(url) as client, Console(stderr=True).status("generating"):
+        return client.generate(wanted)
+
+
+def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSettings") -> Result:
+    from lorafleet.core.recipe import Recipe
+    from lorafleet.sdxl.base import load_base
+    from lorafleet.serve.pipeline import Pipeline
+
+    base = load_base(settings.base)
+    if isinstance(wanted, Recipe):
+        if wanted.base.fingerprint != base.fingerprint:
+            raise RecipeMismatch(
+                f"the recipe was made by {wanted.base.id} ({wanted.base.fingerprint[:12]}), but {base.id} "
+                f"({base.fingerprint[:12]}) is loaded: set base.id.",
+                param="base",
+            )
+        wanted = wanted.request()
+    with _step_bar() as on_step:
+        return Pipeline(base).generate(wanted, on_step=on_step)
+
+
+@contextmanager
+def _step_bar() -> Iterator[Any]:
+    """A progress bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("steps", total=None)
+
+        def on_step(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield on_step
+
+
+def _report(files: list[Path], result: Result, as_json: bool) -> None:
+    if as_json:
+        images = [{"file": str(file), "seed": seed} for file, seed in zip(files, result.seeds, strict=True)]
+        document = {"images": images, "timings": dict(result.timings), "warnings": list(result.warnings)}
+        typer.echo(json.dumps(document, ensure_ascii=False))
+        return
+    for file, seed in zip(files, result.seeds, strict=True):
+        typer.echo(f"{file}  seed {seed}")
+    typer.echo(f"{len(files)} image{'s' if len(files) > 1 else ''} in {result.timings['total_s']:.2f} s", err=True)

@@ -1,0 +1,43 @@
+"""`lorafleet`: the commands put together, and the one place where an error becomes a sentence and an exit code."""
+
+import sys
+
+import typer
+
+from lorafleet.cli.doctor import doctor
+from lorafleet.cli.generate import generate
+from lorafleet.cli.serve import serve
+from lorafleet.cli.version import version
+from lorafleet.core.errors import ConfigError, InvalidRequest, LorafleetError
+
+FAILED = 1
+BAD_USAGE = 2
+
+app = typer.Typer(
+    name="lorafleet",
+    help="Serve and use a fleet of LoRA adapters over one SDXL base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (serve, generate, doctor, version):
+    app.command()(command)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration."""
+    try:
+        app()
+    except (ConfigError, InvalidRequest) as error:
+        _stop(error.message, BAD_USAGE)
+    except LorafleetError as error:
+        _stop(error.message, FAILED)
+    except OSError as error:  # a full disk, a file that may not be written
+        _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"lorafleet: {message}", file=sys.stderr)
+    sys.exit(code)

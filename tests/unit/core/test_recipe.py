@@ -49,7 +49,8 @@ def test_embed_then_extract_gives_the_recipe_and_the_pixels(tmp_path: Path) -> N
     (tmp_path / "a.png").write_bytes(png)
     assert recipes.extract(png) == RECIPE
     assert recipes.extract(tmp_path / "a.png") == RECIPE
-    assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_equal_input_gives_equal_bytes_whatever_the_image_carried() -> None:

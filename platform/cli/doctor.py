@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -124,17 +123,13 @@ def _base(settings: "ServeSettings") -> Check:
 
 
 def _port(settings: "ServeSettings") -> Check:
-    address = f"{settings.host}:{settings.port}"
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            return Check(
-                "port", "warn", f"{address}: {error.strerror}", "stop what uses it, or give --port another"
-            )
-    return Check("port", "ok", f"{address} is free")
+    from lorafleet.serve.launch import check_port
+
+    try:
+        check_port(settings.host, settings.port)
+    except LorafleetError as error:
+        return Check("port", "warn", error.message)
+    return Check("port", "ok", f"{settings.port} on {settings.host} is free")
 
 
 def _home() -> Check:

@@ -1,0 +1,53 @@
+# One command per intention. The first one that needs it makes .venv; it is only brought up to date again when
+# pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+# A package index for torch alone, such as one with CPU builds; empty: wherever pip looks for everything.
+TORCH_INDEX_URL ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run smoke test check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+run: .venv/serve ## start the service in the foreground, http://127.0.0.1:8000 (ARGS="--port 8001" and so on)
+	$(BIN)/lorafleet serve $(ARGS)
+
+smoke: .venv/serve ## start the service, make out/*.png with the command line, stop it
+	$(BIN)/python scripts/smoke.py
+
+test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev ## formatting, lint, types, directions of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python scripts/typecheck.py
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/serve ## requests per second and latency, in one process and over HTTP
+	$(BIN)/python loadtests/bench.py $(ARGS)
+
+clean: ## remove what these targets made
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorafleet needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+# torch comes first: it alone may need an index of its own, and nothing after it may bring another one.
+.venv/torch: .venv/bin/python constraints.txt
+	$(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	@touch $@
+
+.venv/serve: .venv/torch pyproject.toml
+	$(PIP) --editable '.[serve]'
+	@touch $@
+
+.venv/dev: .venv/serve
+	$(PIP) --editable '.[serve,dev]'
+	@touch $@

@@ -30,7 +30,7 @@ check: .venv/dev ## formatting, lint, types, directions of imports
 	$(BIN)/lint-imports --no-cache
 
 bench: .venv/serve ## requests per second and latency, in one process and over HTTP
-	$(BIN)/python loadtests/bench.py $(ARGS)
+	PYTHONPATH=scripts $(BIN)/python loadtests/bench.py $(ARGS)
 
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

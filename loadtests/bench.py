@@ -1,0 +1,82 @@
+"""Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
+
+make bench ARGS="--requests 40 --concurrency 4 --steps 20"
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from service import running_service
+
+from lorafleet.client import Client
+from lorafleet.core.generation import GenerationRequest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--concurrency", type=int, default=4, help="clients over HTTP; one alone is measured too")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--url", help="a service that is running; left out: one is started and stopped")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    wanted = [
+        GenerationRequest(prompt="a red apple on a blue background", seed=seed, steps=options.steps)
+        for seed in range(options.requests)
+    ]
+    figures = {}
+    if options.url is None:
+        figures["in process, 1 at a time"] = measure(pipeline(), wanted, 1)
+        with running_service() as service:
+            figures |= over_http(service.url, wanted, options.concurrency)
+    else:
+        figures |= over_http(options.url, wanted, options.concurrency)
+    for name, figure in figures.items():
+        print(f"{name:<28}" + "  ".join(f"{key} {value:.2f}" for key, value in figure.items()))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+def pipeline() -> Callable[[GenerationRequest], object]:
+    from lorafleet.sdxl.base import load_base
+    from lorafleet.sdxl.config import BaseConfig
+    from lorafleet.serve.pipeline import Pipeline
+
+    return Pipeline(load_base(BaseConfig())).generate
+
+
+def over_http(url: str, wanted: list[GenerationRequest], concurrency: int) -> dict[str, dict[str, float]]:
+    with Client(url) as client:
+        return {f"HTTP, {n} at a time": measure(client.generate, wanted, n) for n in sorted({1, concurrency})}
+
+
+def measure(
+    generate: Callable[[GenerationRequest], object], wanted: list[GenerationRequest], concurrency: int
+) -> dict[str, float]:
+    """Figures of all requests, after one that warms everything up."""
+    generate(wanted[0])
+
+    def timed(request: GenerationRequest) -> float:
+        start = time.perf_counter()
+        generate(request)
+        return time.perf_counter() - start
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        latencies_s = sorted(pool.map(timed, wanted))
+    total_s = time.perf_counter() - start
+    return {
+        "requests/s": len(wanted) / total_s,
+        "median_s": statistics.median(latencies_s),
+        "p95_s": latencies_s[min(len(latencies_s) - 1, int(0.95 * len(latencies_s)))],
+        "max_s": latencies_s[-1],
+    }
+
+
+if __name__ == "__main__":
+    main()

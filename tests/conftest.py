@@ -22,6 +22,7 @@ def _has_gpu() -> str | None:
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
+    "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }

@@ -141,14 +141,10 @@ def _home() -> Check:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        return Check(
-            "home", "fail", f"{folder}: {error.strerror}", "set LORAFLEET_HOME to a folder you can write to"
-        )
+        return Check("home", "fail", f"{folder}: {error.strerror}", "set LORAFLEET_HOME to a folder you can write to")
     found = f"{folder}, {free / GIB:.0f} GiB free"
     if free < MIN_DISK_BYTES:
-        return Check(
-            "home", "warn", found, f"leave {MIN_DISK_BYTES / GIB:.0f} GiB for caches, or set LORAFLEET_HOME"
-        )
+        return Check("home", "warn", found, f"leave {MIN_DISK_BYTES / GIB:.0f} GiB for caches, or set LORAFLEET_HOME")
     return Check("home", "ok", found)
 
 

@@ -52,9 +52,7 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)} [default: euler].")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Images, seeds counting up.")] = None,
     url: Annotated[str | None, typer.Option(help=f"The service [default: {DEFAULT_URL}].")] = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="Load the model here instead of asking a service.")
-    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Load the model here instead of asking a service.")] = False,
     recipe: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Make this image again; other options change what they name.")
     ] = None,

@@ -16,9 +16,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8000].")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the merged settings and stop.")
-    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the merged settings and stop.")] = False,
 ) -> None:
     """Start the service and stay until Ctrl-C.
 

@@ -36,9 +36,7 @@ class LorafleetError(Exception):
         return _rebuild, (type(self), self.message, self.param, self.__dict__.copy())
 
 
-def _rebuild(
-    cls: type[LorafleetError], message: str, param: str | None, state: dict[str, object]
-) -> LorafleetError:
+def _rebuild(cls: type[LorafleetError], message: str, param: str | None, state: dict[str, object]) -> LorafleetError:
     error = cls(message, param=param)
     error.__dict__.update(state)
     return error

@@ -7,9 +7,7 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-SchedulerName = Literal[
-    "euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm", "heun"
-]
+SchedulerName = Literal["euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm", "heun"]
 SCHEDULERS: Final[tuple[str, ...]] = get_args(SchedulerName)
 
 MAX_PROMPT_CHARS: Final = 2000
@@ -47,7 +45,5 @@ class GenerationRequest(BaseModel):
     steps: Steps = Field(default=20, description="denoising steps")
     guidance_scale: Guidance = Field(default=5.0, description="classifier-free guidance; 1 and below switch it off")
     scheduler: SchedulerName = Field(default="euler", description="the sampler")
-    seed: Seed | None = Field(
-        default=None, description="noise seed; left out: a random one, returned with the image"
-    )
+    seed: Seed | None = Field(default=None, description="noise seed; left out: a random one, returned with the image")
     num_images: ImageCount = Field(default=1, description="images to make, seeds counting up")

@@ -97,9 +97,7 @@ def test_a_port_in_use_is_one_sentence(service: Service, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"model_index.json": "{"}, {"model_index.json": '{"_class_name": "Flux"}'}]
-)
+@pytest.mark.parametrize("content", [{}, {"model_index.json": "{"}, {"model_index.json": '{"_class_name": "Flux"}'}])
 def test_an_unreadable_model_folder_is_one_sentence(content: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()

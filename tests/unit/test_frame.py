@@ -72,9 +72,7 @@ def test_the_wheel_holds_code_data_and_the_command(repo: Path, tmp_path: Path) -
     assert "lorafleet/__init__.py" not in names
     assert not [name for name in names if name.startswith(("platform/", "models/", "tests/"))]
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import lorafleet.cli.main as m, platform; print(m.__file__)"
-    )
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import lorafleet.cli.main as m, platform; print(m.__file__)"
     done = subprocess.run(
         [sys.executable, "-I", "-c", script, "installed"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -120,9 +118,7 @@ def test_imports_point_inward_and_a_wrong_one_is_caught(
     if module:
         added.write_text(line + "\n")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=linked, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=linked, capture_output=True, text=True, check=False)
     finally:
         added.unlink(missing_ok=True)
     assert done.returncode == (1 if words else 0), done.stdout + done.stderr
@@ -138,9 +134,7 @@ def test_only_the_settings_read_the_environment(repo: Path) -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             text = ast.unparse(node) if isinstance(node, ast.Call | ast.Subscript) else ""
             if re.match(r"os\.getenv\(|os\.environ\.get\(", text) or (
-                isinstance(node, ast.Subscript)
-                and isinstance(node.ctx, ast.Load)
-                and text.startswith("os.environ[")
+                isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and text.startswith("os.environ[")
             ):
                 reads.append(f"{file.relative_to(repo)}:{node.lineno}: {text}")
     assert reads == []

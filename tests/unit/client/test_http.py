@@ -38,9 +38,7 @@ def test_generate_sends_the_request_and_decodes_the_images() -> None:
     assert (seen[0].method, seen[0].url.path) == ("POST", "/generate")
     assert seen[0].headers["authorization"] == "Bearer secret"
     body = json.loads(seen[0].content)
-    assert GenerationRequest.model_validate(body) == GenerationRequest(
-        prompt="a red apple 🍎", num_images=2, seed=4
-    )
+    assert GenerationRequest.model_validate(body) == GenerationRequest(prompt="a red apple 🍎", num_images=2, seed=4)
     assert "width" not in body
     assert result.images == [b"\x89PNG one", b"\x89PNG two"]
     assert (result.seeds, result.model, result.id) == ([4, 5], "emojixl", "gen-1")

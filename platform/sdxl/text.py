@@ -1,0 +1,66 @@
+"""Prompts to embeddings, with both text encoders of SDXL."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorafleet.sdxl.base import Base
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """What the UNet is told about a prompt, in the base's dtype on its device.
+
+    `hidden`: [1, L, D], penultimate hidden states of both encoders side by side, padding not masked.
+    `pooled`: [1, P], from the second encoder. `dropped_text`: the end of the prompt that did not fit, else "".
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+    dropped_text: str = ""
+
+
+@torch.inference_mode()
+def encode_prompt(base: Base, prompt: str) -> PromptEmbedding:
+    """Equals diffusers' `StableDiffusionXLPipeline.encode_prompt` bit for bit. Safe for several threads."""
+    pipeline = base.pipeline
+    hidden: list[torch.Tensor] = []
+    pooled = torch.empty(0)
+    dropped_text = ""
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        token_ids, dropped = _tokenize(base, tokenizer, prompt)
+        output = encoder(token_ids.to(base.device), output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+        pooled = output[0]
+        dropped_text = max(dropped_text, dropped, key=len)
+    dtype = pipeline.text_encoder_2.dtype
+    return PromptEmbedding(
+        hidden=torch.concat(hidden, dim=-1).to(dtype=dtype, device=base.device),
+        pooled=pooled,
+        dropped_text=dropped_text,
+    )
+
+
+def encode_negative(base: Base, negative_prompt: str, positive: PromptEmbedding) -> PromptEmbedding:
+    """The other side of guidance: zeros for an empty prompt where the base was trained so, as SDXL was."""
+    if not negative_prompt and base.pipeline.config.force_zeros_for_empty_prompt:
+        return PromptEmbedding(torch.zeros_like(positive.hidden), torch.zeros_like(positive.pooled))
+    return encode_prompt(base, negative_prompt)
+
+
+def _tokenize(base: Base, tokenizer: Any, prompt: str) -> tuple[torch.Tensor, str]:
+    """Token ids [1, L], int64, and the text behind the last token that fits."""
+    with base.tokenizer_lock:  # fast tokenizers raise "Already borrowed" when two threads share one
+        window = tokenizer.model_max_length
+        token_ids = tokenizer(
+            prompt, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+        ).input_ids
+        whole = tokenizer(prompt, return_offsets_mapping=True)
+    if len(whole.input_ids) <= window:
+        return token_ids, ""
+    first_dropped = whole.offset_mapping[window - 1]  # the window's last place is the end token's
+    return token_ids, prompt[first_dropped[0] :]

@@ -1,0 +1,140 @@
+"""The Ray Serve application: a gateway that speaks HTTP and replicas that hold the model."""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
+from lorafleet.core.generation import GenerationRequest
+from lorafleet.serve.api import create_app
+from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.result import GenerationResult, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+MODEL_TIMEOUT_S: Final = 2.0  # a replica answers this from its event loop, however busy its pipeline is
+RELOAD_AFTER_S: Final = 60.0  # long enough for whoever starts the service to be told why it fails
+GATEWAY_CPUS: Final = 0.1
+OTHER_REQUESTS: Final = 100  # health checks and bad requests at a time, beside the admitted ones
+
+
+@serve.deployment
+class Replica:
+    """One copy of the model; its pipeline runs in one thread, requests wait in that thread's queue.
+
+    Errors that this project raises on purpose, those of the constructor too, are handed over as values: raised
+    ones would reach the gateway wrapped, and Ray would log each bad request as a failure of the replica.
+    """
+
+    def __init__(self, settings: ServeSettings, threads: int) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipeline")
+        self._failure: LorafleetError | None = None
+        try:
+            self._thread.submit(self._load, settings, threads).result()
+        except LorafleetError as error:
+            self._failed_at, self._failure = time.monotonic(), error
+        except Exception as error:  # the process edge: raised, it would come back as Ray's pages of text
+            logger.exception("the model does not load")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._failed_at, self._failure = time.monotonic(), LorafleetError(f"the base does not load: {reason}")
+
+    def _load(self, settings: ServeSettings, threads: int) -> None:
+        import torch
+
+        from lorafleet.sdxl.base import load_base
+        from lorafleet.serve.pipeline import Pipeline
+
+        torch.set_num_threads(threads)
+        self._pipeline = Pipeline(load_base(settings.base))
+        self._pipeline.generate(GenerationRequest(prompt="warm-up", steps=1, seed=0))
+
+    async def model(self) -> ModelInfo | LorafleetError:
+        return self._failure or self._pipeline.model
+
+    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult | LorafleetError:
+        if self._failure is not None:
+            return self._failure
+        arrived = time.monotonic()
+        work = partial(self._run, request, arrived, arrived + timeout_s)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _run(self, request: GenerationRequest, arrived: float, deadline: float) -> GenerationResult | LorafleetError:
+        queue_s = time.monotonic() - arrived
+        try:
+            result = self._pipeline.generate(request, deadline=deadline)
+        except LorafleetError as error:
+            return error
+        except Exception:  # the process edge: this request is lost, the replica is not
+            logger.exception("a generation failed")
+            return GenerationFailed("the model failed on this request: the replica's log says why")
+        result.timings.update(queue_s=queue_s, total_s=queue_s + result.timings["total_s"])
+        return result
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises: what hindered the load may pass."""
+        if self._failure is not None and time.monotonic() - self._failed_at > RELOAD_AFTER_S:
+            raise self._failure
+
+
+class ReplicaBackend:
+    """The replicas as the API's backend: Ray's errors become ours."""
+
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self._replicas = replicas
+
+    async def model(self) -> ModelInfo:
+        try:
+            async with asyncio.timeout(MODEL_TIMEOUT_S):
+                answer = await self._replicas.model.remote()
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise NotReady("no replica has its model loaded yet: try again later") from error
+        if isinstance(answer, LorafleetError):
+            raise NotReady(answer.message) from answer
+        assert isinstance(answer, ModelInfo)
+        return answer
+
+    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult:
+        try:
+            answer = await self._replicas.generate.remote(request, timeout_s)
+        except (RayError, RayServeException) as error:
+            raise NotReady("the replica went away while it worked on this request: try again") from error
+        if isinstance(answer, LorafleetError):
+            raise answer
+        assert isinstance(answer, GenerationResult)
+        return answer
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    """HTTP in, HTTP out. Imports no torch, so that it is up before the model is."""
+
+    def __init__(self, settings: ServeSettings, replicas: DeploymentHandle[Any]) -> None:
+        self._settings = settings
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._settings, ReplicaBackend(self._replicas), adds_request_id=False)
+
+
+def build(settings: ServeSettings, *, replica_gpus: float, replica_threads: int) -> serve.Application:
+    """The application. Serve's own queues get more places than admission fills: ours is the one that counts."""
+    at_a_time = settings.max_queued + settings.replicas + OTHER_REQUESTS
+    replicas = Replica.options(  # type: ignore[attr-defined]
+        num_replicas=settings.replicas,
+        max_ongoing_requests=at_a_time,
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus},
+    ).bind(settings, replica_threads)
+    gateway: serve.Application = Gateway.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=at_a_time, ray_actor_options={"num_cpus": GATEWAY_CPUS}
+    ).bind(settings, replicas)
+    return gateway

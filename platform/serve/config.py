@@ -1,0 +1,70 @@
+"""Settings of the service. Imports neither torch nor ray."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lorafleet.sdxl.config import BaseConfig
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ServeSettings(BaseModel):
+    """What is served, where, and how much of the machine it takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: BaseConfig = Field(default_factory=BaseConfig, description="the base model")
+    host: str = Field(
+        default="127.0.0.1",
+        pattern=r"^[0-9A-Za-z.:-]+$",
+        description="address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 everyone who can reach it",
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    replicas: int = Field(default=1, ge=1, le=64, description="copies of the model, each in a process of its own")
+    replica_cpus: float = Field(
+        default=0.5, gt=0, le=256, description="CPU cores that Ray reserves per replica; a fraction shares them"
+    )
+    replica_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        le=8,
+        description="GPUs that Ray reserves per replica; left out: 1 where the base runs on CUDA, else 0",
+    )
+    replica_threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="CPU threads that one replica computes with; left out: all cores divided by the replicas",
+    )
+    max_queued: int = Field(
+        default=32, ge=0, le=10_000, description="requests that may wait for a replica; more get a 429"
+    )
+    request_timeout_s: float = Field(
+        default=300.0, gt=0, le=3600, description="seconds a request may take, waiting included; then it gets a 504"
+    )
+    max_body_bytes: int = Field(
+        default=1 << 20, ge=1024, le=1 << 30, description="bytes of a request body; a larger one gets a 413"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description='web origins that may call from a browser, such as http://localhost:3000; "*" is all',
+    )
+    start_timeout_s: float = Field(
+        default=600.0, gt=0, le=7200, description="seconds until the model must be loaded; then the start fails"
+    )
+    log_level: LogLevel = Field(default="warning", description="least severity that is logged")
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description='a running Ray cluster, such as ray-head:6379, or "auto" for the one in RAY_ADDRESS; '
+        "left out: a Ray of its own on this machine",
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.base.device in ("cpu", "mps") and self.replica_gpus:
+            raise ValueError(f"replica_gpus={self.replica_gpus:g} but base.device={self.base.device}: set one of them")
+        if self.base.device.startswith("cuda:"):
+            raise ValueError(f"base.device={self.base.device}, but Ray hands out the GPUs here: set base.device=cuda")
+        return self

@@ -1,0 +1,238 @@
+"""Starts the service on a Ray of its own (or a given one), waits until it is ready, and takes it down again.
+
+What can be checked without Ray is checked first, so that a typo fails in milliseconds. Nothing that Ray starts here
+listens beyond this machine, except the service itself where `host` says so.
+"""
+
+import errno
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from lorafleet.core.config import home
+from lorafleet.core.errors import ConfigError, LorafleetError, NotReady
+from lorafleet.sdxl.folder import find_base
+from lorafleet.serve.config import ServeSettings
+
+APP_NAME: Final = "lorafleet"
+OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # holds images on their way; Ray's default is a third of the memory
+# A UNIX socket's path has at most 107 bytes, of which Ray's session folder and socket names take about 65.
+MAX_RAY_DIR_CHARS: Final = 40
+POLL_S: Final = 0.1
+CONNECT_TIMEOUT_S: Final = 5.0
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -> None:
+    """Runs the service until SIGINT or SIGTERM; calls `on_ready` with its address once it takes requests.
+
+    Raises LorafleetError, one sentence, when it cannot start. Call it from the main thread.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        with running_service(settings) as address:
+            on_ready(address)
+            threading.Event().wait()
+    except Stopped:
+        return
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def running_service(settings: ServeSettings) -> Iterator[str]:
+    """The service's address; on exit the service is down and, if Ray was ours, no process of it is left."""
+    check_port(settings.host, settings.port)
+    find_base(settings.base)
+    with _ray(settings):
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
+        try:
+            _deploy(settings)
+            yield _wait_until_ready(settings)
+        finally:
+            if settings.ray_address:
+                serve.delete(APP_NAME)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError unless this process could listen there: Serve would share the port (SO_REUSEPORT)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is in use on {host}: stop what uses it or pass --port", param="port"
+            ) from None
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}", param="host") from None
+
+
+@contextmanager
+def _ray(settings: ServeSettings) -> Iterator[None]:
+    """A connection to Ray; a Ray of our own is gone afterwards, its logs too unless something failed."""
+    temp_dir = None if settings.ray_address else _prepare_local_ray()
+    import ray
+
+    logging.getLogger("ray").setLevel(settings.log_level.upper())
+    on_term = signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": settings.log_level, "namespace": APP_NAME}
+    leftover: Path | None = None
+    if settings.ray_address is not None:
+        _check_reachable(settings.ray_address)
+        try:
+            ray.init(address=settings.ray_address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at ray_address={settings.ray_address}: {str(error).splitlines()[0]}",
+                param="ray_address",
+            ) from error
+    else:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.replica_cpus + 1)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(temp_dir),
+            **quiet,
+        )
+        assert temp_dir is not None
+        leftover = Path(context.address_info["session_dir"]) if temp_dir.parent == home() else temp_dir
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # ray.init takes it over
+    try:
+        yield
+    except Exception:
+        leftover = None  # its logs say why
+        raise
+    finally:
+        ray.shutdown()
+        if leftover is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError when nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto": Ray looks it up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}", param="ray_address") from None
+
+
+def _prepare_local_ray() -> Path:
+    """Sets what Ray reads from the environment, before it is imported; the folder for its sessions.
+
+    A variable that is already set is left as it is. Ray 2.60 gives a local cluster a token anyway, in ~/.ray.
+    """
+    folder = home() / "ray"
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / "auth_token"
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
+    # Off, Ray's own servers bind to the loopback address. Its name is older than its meaning:
+    # ray/_private/services.py, get_node_ip_address.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if len(str(folder)) <= MAX_RAY_DIR_CHARS:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="lorafleet-"))
+
+
+def _deploy(settings: ServeSettings) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from lorafleet.serve.app import build
+
+    gpus_there: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    gpus = settings.replica_gpus
+    if gpus is None:
+        gpus = 1.0 if gpus_there and settings.base.device in ("auto", "cuda") else 0.0
+    if gpus * settings.replicas > gpus_there:
+        raise ConfigError(
+            f"{settings.replicas} replicas with {gpus:g} GPUs each need more than the {gpus_there:g} there are: "
+            "lower replicas or replica_gpus",
+            param="replicas",
+        )
+    threads = settings.replica_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
+    log = LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port}, logging_config=log
+    )
+    target = serve.RunTarget(
+        build(settings, replica_gpus=gpus, replica_threads=threads), name=APP_NAME, logging_config=log
+    )
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _wait_until_ready(settings: ServeSettings) -> str:
+    """The address. Raises what hindered the replica, or NotReady after `start_timeout_s`."""
+    from ray import serve
+
+    deadline = time.monotonic() + settings.start_timeout_s
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 (turned into loopback)
+    address = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    status = ""
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(APP_NAME)
+        status = str(application.status.value) if application else "NOT_STARTED"
+        if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise LorafleetError(f"the service did not start: {_last_line(application.message)}")
+        if status == "RUNNING":
+            handle: Any = serve.get_deployment_handle("Replica", APP_NAME)
+            answer = handle.model.remote().result(timeout_s=max(1.0, deadline - time.monotonic()))
+            if isinstance(answer, LorafleetError):
+                raise answer
+            if _answers(f"{address}/readyz"):
+                return address
+        time.sleep(POLL_S)
+    raise NotReady(
+        f"the service was not ready in {settings.start_timeout_s:g} seconds (Ray Serve says {status}): "
+        "raise start_timeout_s, or look for what else uses this machine"
+    )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 (our own address)
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve gives no reason"
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stopped

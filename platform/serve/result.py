@@ -1,0 +1,25 @@
+"""What a replica hands to the gateway. Imports no torch, so that the gateway need not either."""
+
+from dataclasses import dataclass, field
+
+from lorafleet.core.recipe import BaseRef
+from lorafleet.sdxl.limits import BaseLimits
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """`images` are PNGs that carry their recipe; `timings` are seconds by stage, with `total_s`."""
+
+    images: list[bytes]
+    seeds: list[int]
+    timings: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The base that a replica has loaded."""
+
+    ref: BaseRef
+    limits: BaseLimits
+    created_unix_s: int

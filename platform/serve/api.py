@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Final, Protocol
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,7 +25,6 @@ from lorafleet.core.errors import (
 )
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.recipe import BaseRef
-from lorafleet.sdxl.limits import BaseLimits
 from lorafleet.serve.admission import Admission
 from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, UnsupportedMediaType, read_body
 from lorafleet.serve.config import ServeSettings
@@ -99,10 +99,6 @@ class Service:
         self._backend = backend
         self._admission = Admission(servers=settings.replicas, max_queued=settings.max_queued)
 
-    @property
-    def limits(self) -> BaseLimits | None:
-        return None if self.known_model is None else self.known_model.limits
-
     async def model(self) -> ModelInfo:
         """Asks the backend, so that the answer also says whether one is there. Raises NotReady."""
         self.known_model = await self._backend.model()
@@ -138,14 +134,14 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
     app = FastAPI(
         title="Lorafleet",
         version=metadata.version("lorafleet"),
-        description="Text to image. Every error has one shape; integers are written without a fraction.",
+        description="Text to image. Every error of every route has one shape.",
         redirect_slashes=False,
-        redoc_url=None,
+        openapi_url=None,
     )
     _add_health(app, service)
     _add_models(app, service)
     _add_generation(app, service)
-    app.openapi = lambda: describe(app, service.limits)  # type: ignore[method-assign]
+    _add_documents(app, service)
     for kind in (LorafleetError, HTTPException):
         app.add_exception_handler(kind, lambda _, error: error_response(error))
     app.add_middleware(Edge, on_error=error_response, adds_header=adds_request_id)
@@ -204,6 +200,22 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """A replica has its model loaded and takes requests."""
         await service.model()
         return Status(status="ready")
+
+
+def _add_documents(app: FastAPI, service: Service) -> None:
+    """FastAPI's own would not know the base; its page takes Swagger's scripts from a CDN, as here."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        try:
+            limits = (await service.model()).limits
+        except NotReady:
+            limits = None
+        return JSONResponse(describe(app, limits))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

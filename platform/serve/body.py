@@ -56,6 +56,11 @@ def parse_body(raw: bytes, model: type[M]) -> M:
         raise MalformedBody(f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise MalformedBody(f"the body must be a JSON object, got {short(content)}")
+    # JSON has one kind of number, and JSON Schema calls 20.0 an integer: so do we, as the API's document says.
+    content = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in content.items()
+    }
     try:
         return model.model_validate(content)
     except ValidationError as error:

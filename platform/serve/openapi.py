@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from lorafleet.sdxl.limits import BaseLimits
+from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
 from lorafleet.serve.schemas import ErrorReply, GenerateBody, ImagesBody
 
 _REF: Final = "#/components/schemas/{model}"
@@ -43,8 +43,22 @@ def describe(app: FastAPI, limits: BaseLimits | None) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     schemas.update(bodies["$defs"])
     if limits is not None:
-        for name, default in (("width", limits.default_width_px), ("height", limits.default_height_px)):
-            side = schemas["GenerateBody"]["properties"][name]["anyOf"][0]
-            side |= {"minimum": limits.min_side_px, "maximum": limits.max_side_px, "multipleOf": limits.grid_px}
-            schemas["GenerateBody"]["properties"][name]["description"] = f"pixels; left out: {default}"
+        _narrow_sizes(schemas, limits)
+    for name, steps in (("GenerateBody", "steps"), ("ImagesBody", "num_inference_steps")):
+        is_lcm = {"properties": {"scheduler": {"const": "lcm"}}, "required": ["scheduler"]}
+        schemas[name] |= {"if": is_lcm, "then": {"properties": {steps: {"maximum": MAX_LCM_STEPS}}}}
     return document
+
+
+def _narrow_sizes(schemas: dict[str, Any], limits: BaseLimits) -> None:
+    for name, default in (("width", limits.default_width_px), ("height", limits.default_height_px)):
+        field = schemas["GenerateBody"]["properties"][name]
+        field["description"] = f"pixels; left out: {default}"
+        field["anyOf"][0] |= {
+            "minimum": limits.min_side_px,
+            "maximum": limits.max_side_px,
+            "multipleOf": limits.grid_px,
+        }
+    side = "|".join(str(px) for px in range(limits.min_side_px, limits.max_side_px + 1, limits.grid_px))
+    size = schemas["ImagesBody"]["properties"]["size"]["anyOf"][0]
+    size["pattern"] = f"^(auto|({side})x({side}))$"

@@ -1,4 +1,4 @@
-"""Bodies of the HTTP API. Types are strict: "20" and 20.0 are not 20, true is not 1."""
+"""Bodies of the HTTP API. Types are strict: "20" is not 20, true is not 1; 20.0 is 20, as JSON has it."""
 
 from typing import Annotated, Any, Literal
 

@@ -44,7 +44,7 @@ def test_what_is_no_json_object_is_malformed(raw: bytes) -> None:
         ("steps", 0, "steps must be an integer from 1 to 150, got 0"),
         ("steps", 151, "steps must be an integer from 1 to 150, got 151"),
         ("steps", "20", "steps must be an integer from 1 to 150, got '20'"),
-        ("steps", 20.0, "steps must be an integer from 1 to 150, got 20.0"),
+        ("steps", 20.5, "steps must be an integer from 1 to 150, got 20.5"),
         ("steps", True, "steps must be an integer from 1 to 150, got True"),
         ("steps", None, "steps must be an integer from 1 to 150, got None"),
         ("seed", -1, "seed must be an integer from 0 to 4294967295, got -1"),
@@ -74,6 +74,10 @@ def test_a_fault_names_field_and_range(field: str, value: object, message: str) 
 def test_infinity_in_disguise_is_out_of_range() -> None:
     with pytest.raises(InvalidBody, match="guidance_scale must be a number from 0 to 30, got inf"):
         parse_body(b'{"prompt": "x", "guidance_scale": 1e999}', GenerateBody)
+
+
+def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
+    assert parse_body(b'{"prompt": "x", "steps": 2e1, "guidance_scale": 4}', GenerateBody).steps == 20
 
 
 def test_a_missing_prompt_is_named() -> None:

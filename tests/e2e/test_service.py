@@ -19,7 +19,7 @@ from lorafleet.core.recipe import CHUNK, extract
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with running_service() as running:
+    with running_service("--set", "replica_threads=1") as running:  # see tests/conftest.py
         yield running
 
 

@@ -206,7 +206,8 @@ def _wait_until_ready(settings: ServeSettings) -> str:
         application = serve.status().applications.get(APP_NAME)
         status = str(application.status.value) if application else "NOT_STARTED"
         if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise LorafleetError(f"the service did not start: {_last_line(application.message)}")
+            reason = _last_line(application.message)
+            raise LorafleetError(f"the service did not start, Ray's logs say more: {reason}")
         if status == "RUNNING":
             handle: Any = serve.get_deployment_handle("Replica", APP_NAME)
             answer = handle.model.remote().result(timeout_s=max(1.0, deadline - time.monotonic()))

@@ -1,0 +1,42 @@
+"""How a start fails when only the replica can see why. In a process of its own: one process has one Ray."""
+
+import subprocess
+import sys
+
+START = """
+import sys
+from lorafleet.core.config import load_settings
+from lorafleet.core.errors import LorafleetError
+from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.launch import serve_forever
+
+try:
+    serve_forever(load_settings(ServeSettings, overrides=sys.argv[1:]), on_ready=print)
+except LorafleetError as error:
+    sys.exit(error.message)
+"""
+
+
+def start(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_what_hinders_the_replica_comes_out_as_one_sentence() -> None:
+    result = start("port=18473", "base.device=cuda", "replica_gpus=0")
+    assert result.returncode == 1
+    assert result.stderr.startswith("base.device is cuda, but torch")
+    assert result.stderr.endswith("set base.device=cpu, or install a CUDA build of torch\n")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_base_that_is_not_there_is_told_before_ray_starts() -> None:
+    result = start("port=18473", "base.id=/nowhere/at/all")
+    assert (result.returncode, result.stderr, result.stdout) == (1, "no base model folder /nowhere/at/all\n", "")
+
+
+def test_no_ray_at_the_given_address_is_told_at_once() -> None:
+    result = start("port=18473", "ray_address=127.0.0.1:9")
+    assert result.returncode == 1
+    assert result.stderr.startswith("no Ray cluster answers at ray_address=127.0.0.1:9: ")

@@ -12,6 +12,7 @@ from lorafleet.core.errors import ConfigError, InvalidRequest, LorafleetError
 
 FAILED = 1
 BAD_USAGE = 2
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="lorafleet",
@@ -27,9 +28,13 @@ for command in (serve, generate, doctor, version):
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration."""
+    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 stopped by Ctrl-C (but `serve` ends with 0)."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer has seen the KeyboardInterrupt and says nothing
+            _stop("stopped.", INTERRUPTED)
+        raise
     except (ConfigError, InvalidRequest) as error:
         _stop(error.message, BAD_USAGE)
     except LorafleetError as error:

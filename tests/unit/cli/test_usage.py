@@ -1,6 +1,7 @@
 """The command line in a process of its own, as a person meets it; nothing here loads a model."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from service import COMMAND
 
 Lorafleet = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -20,7 +22,7 @@ def lorafleet(tmp_path: Path) -> Lorafleet:
     """Runs `lorafleet ...` in an empty folder; environment variables by keyword."""
 
     def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("lorafleet")), *arguments]
+        command = [COMMAND, *arguments]
         base = {"PATH": "/usr/bin:/bin", "LORAFLEET_HOME": str(tmp_path / "home")}
         return subprocess.run(
             command, cwd=tmp_path, env=base | environ, capture_output=True, text=True, timeout=60, check=False
@@ -137,3 +139,24 @@ def test_a_wrong_setting_is_one_sentence(
 ) -> None:
     only_a_sentence(lorafleet("serve", *arguments, **environ), 2, words)
     only_a_sentence(lorafleet("serve", *arguments, "--print-config", **environ), 2, words)
+
+
+def test_ctrl_c_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as silent:  # accepts, never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        command = [COMMAND, "generate", "x", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "lorafleet: stopped.\n")
+        assert process.returncode == 130
+        connection.close()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([COMMAND, "version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "lorafleet: [Errno 28] No space left on device\n")

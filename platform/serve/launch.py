@@ -111,14 +111,15 @@ def _ray(settings: ServeSettings) -> Iterator[None]:
                 param="ray_address",
             ) from error
     else:
-        context: Any = ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.replica_cpus + 1)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir),
-            **quiet,
-        )
+        with _one_sentence("Ray did not start"):
+            context: Any = ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.replica_cpus + 1)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(temp_dir),
+                **quiet,
+            )
         assert temp_dir is not None
         leftover = Path(context.address_info["session_dir"]) if temp_dir.parent == home() else temp_dir
     if threading.current_thread() is threading.main_thread():
@@ -185,13 +186,15 @@ def _deploy(settings: ServeSettings) -> None:
         )
     threads = settings.replica_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
     log = LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)
-    serve.start(
-        proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port}, logging_config=log
-    )
-    target = serve.RunTarget(
-        build(settings, replica_gpus=gpus, replica_threads=threads), name=APP_NAME, logging_config=log
-    )
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    http = {"host": settings.host, "port": settings.port}
+    app = build(settings, replica_gpus=gpus, replica_threads=threads)
+    with _one_sentence("Ray Serve did not start"):  # the port may have been taken since it was checked, by Ray too
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=log)
+        serve.run_many(
+            [serve.RunTarget(app, name=APP_NAME, logging_config=log)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
 
 
 def _wait_until_ready(settings: ServeSettings) -> str:
@@ -230,9 +233,18 @@ def _answers(url: str) -> bool:
         return False
 
 
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Ray's failures come as pages of nested tracebacks; their last line says it."""
+    try:
+        yield
+    except Exception as error:
+        raise LorafleetError(f"{what}, its logs say more: {_last_line(str(error))}") from error
+
+
 def _last_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "Ray Serve gives no reason"
+    return lines[-1] if lines else "no reason given"
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

@@ -1,7 +1,9 @@
 """One service for the whole session: real Ray, real HTTP, the embedded base."""
 
+import contextlib
+import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -13,11 +15,20 @@ SETTINGS = {"max_queued": 2, "request_timeout_s": 15.0, "replica_cpus": 0.2, "ma
 
 
 @pytest.fixture(scope="session")
-def service_url() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ServeSettings.model_validate({**SETTINGS, "port": port, "base": {"device": "cpu"}})
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        for port in random.sample(range(10_000, 32_000), 100):  # below where the kernel gives Ray's own ports from
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+                return port
+        raise AssertionError("100 ports in use")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def service_url(free_port: Callable[[], int]) -> Iterator[str]:
+    settings = ServeSettings.model_validate({**SETTINGS, "port": free_port(), "base": {"device": "cpu"}})
     with running_service(settings) as address:
         yield address
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 START = """
 import sys
@@ -22,8 +23,8 @@ def start(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_what_hinders_the_replica_comes_out_as_one_sentence() -> None:
-    result = start("port=18473", "base.device=cuda", "replica_gpus=0")
+def test_what_hinders_the_replica_comes_out_as_one_sentence(free_port: Callable[[], int]) -> None:
+    result = start(f"port={free_port()}", "base.device=cuda", "replica_gpus=0")
     assert result.returncode == 1
     assert result.stderr.startswith("base.device is cuda, but torch")
     assert result.stderr.endswith("set base.device=cpu, or install a CUDA build of torch\n")
@@ -31,12 +32,12 @@ def test_what_hinders_the_replica_comes_out_as_one_sentence() -> None:
     assert result.stdout == ""
 
 
-def test_a_base_that_is_not_there_is_told_before_ray_starts() -> None:
-    result = start("port=18473", "base.id=/nowhere/at/all")
+def test_a_base_that_is_not_there_is_told_before_ray_starts(free_port: Callable[[], int]) -> None:
+    result = start(f"port={free_port()}", "base.id=/nowhere/at/all")
     assert (result.returncode, result.stderr, result.stdout) == (1, "no base model folder /nowhere/at/all\n", "")
 
 
-def test_no_ray_at_the_given_address_is_told_at_once() -> None:
-    result = start("port=18473", "ray_address=127.0.0.1:9")
+def test_no_ray_at_the_given_address_is_told_at_once(free_port: Callable[[], int]) -> None:
+    result = start(f"port={free_port()}", "ray_address=127.0.0.1:9")
     assert result.returncode == 1
     assert result.stderr.startswith("no Ray cluster answers at ray_address=127.0.0.1:9: ")

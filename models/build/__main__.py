@@ -1,10 +1,11 @@
-"""Command line of the build: each stage alone, or what is missing of all of them.
+"""Command line of the build: each stage alone, or several in a row.
 
     python -m lorafleet.models.build data        # from the font; needs fontTools and Debian's fonts-noto-color-emoji
     python -m lorafleet.models.build text scorer vae latents unet decoder assemble
     python -m lorafleet.models.build evaluate    # the model card's figures, on any machine
 
-A stage goes on where it was stopped; a finished one is skipped. Figures in the card came from one H200.
+A stage goes on where it was stopped. One that has no checkpoint is read from the assembled folder, so that the UNet
+alone can be trained again: `latents unet assemble`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import nn
 from lorafleet.models import EMOJIXL
 from lorafleet.models.build import assemble, captions, clip, config, data, loop, render, tokenizer, unet, vae
 from lorafleet.models.build.config import Stage
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -70,8 +73,13 @@ class Build:
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False) if self.compile else function
 
-    def read(self, name: str, module: nn.Module) -> nn.Module:
-        state = torch.load(self.work / f"{name}.pt", map_location="cpu")
+    def read(self, name: str, module: M) -> M:
+        """A finished part: from its checkpoint, else from the folder that was assembled before."""
+        path = self.work / f"{name}.pt"
+        if not path.exists():
+            assemble.take(name, module, self.out)
+            return module.to(self.device).eval().requires_grad_(False)
+        state = torch.load(path, map_location="cpu")
         if state["step"] < state["steps"]:
             raise SystemExit(f"stage {name} stands at step {state['step']} of {state['steps']}: run it again first")
         module.load_state_dict(state["module"])
@@ -80,7 +88,7 @@ class Build:
                 parameter.data.copy_(value)
         return module.to(self.device).eval().requires_grad_(False)
 
-    def train(self, name: str, module: nn.Module, loss_of: Callable[..., dict[str, torch.Tensor]]) -> bool:
+    def train(self, name: str, module: nn.Module, loss_of: loop.StepLoss) -> bool:
         return loop.train(name, self.stage(name), module, loss_of, self.work, self.deadline_s, self.fit)
 
     # --- the stages ---
@@ -106,13 +114,13 @@ class Build:
 
     def run_vae(self) -> bool:
         torch.manual_seed(config.SEED + 3)
-        model = vae.build().to(self.device, memory_format=torch.channels_last)
+        model = channels_last(vae.build().to(self.device))
         forward, pool = self.compiled(vae.Whole(model)), self.captions(3)
         batch = self.stage("vae").batch
         return self.train("vae", model, vae.loss_of(forward, self.renderer, pool, batch, self.autocast))
 
     def run_decoder(self) -> bool:
-        whole = self.read("vae", vae.build()).to(memory_format=torch.channels_last)
+        whole = channels_last(self.read("vae", vae.build()))
         encode = self.compiled(vae.Whole(whole).encode)
         model = vae.Decoder(whole).train().requires_grad_(True)
         decode, pool = self.compiled(model), self.captions(5)
@@ -126,8 +134,7 @@ class Build:
         return self.train("decoder", model, vae.loss_of(forward, self.renderer, pool, batch, self.autocast))
 
     def run_latents(self) -> bool:
-        model, pool = self.read("vae", vae.build()), self.captions(4)
-        model.to(memory_format=torch.channels_last)
+        model, pool = channels_last(self.read("vae", vae.build())), self.captions(4)
         counts = {config.SQUARE: config.LATENTS, **dict.fromkeys(config.BUCKETS, config.BUCKET_LATENTS)}
         parts = []
         for size, count in counts.items():
@@ -136,7 +143,7 @@ class Build:
                 model, self.renderer, pool, 256 if self.tiny else count, size, self.autocast, g
             )
             parts.append((size, latents.cpu(), torch.from_numpy(pool.tokens)[rows.cpu()]))
-        factor = 1 / parts[0][1].float().std().item()
+        factor = round(1 / parts[0][1].float().std().item(), 5)
         torch.save(dict(parts=parts, scaling_factor=factor), self.work / "latents.pt")
         print(f"scaling factor {factor:.4f}")
         return True
@@ -157,8 +164,9 @@ class Build:
     def run_assemble(self) -> bool:
         autoencoder = self.read("vae", vae.build())
         self.read("decoder", vae.Decoder(autoencoder))
-        factor = torch.load(self.work / "latents.pt", map_location="cpu", mmap=True)["scaling_factor"]
-        autoencoder.register_to_config(scaling_factor=round(factor, 5))
+        if (cache := self.work / "latents.pt").exists():
+            factor = torch.load(cache, map_location="cpu", mmap=True)["scaling_factor"]
+            autoencoder.register_to_config(scaling_factor=factor)
         assemble.assemble(
             self.out,
             self.work,
@@ -176,6 +184,12 @@ class Build:
 
         evaluate.evaluate(self.out, self.data, self.device, few=self.tiny)
         return True
+
+
+def channels_last(module: M) -> M:
+    """The layout that convolutions in bf16 want."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 STAGES = ("data", "text", "scorer", "vae", "latents", "unet", "decoder", "assemble", "evaluate")
@@ -203,7 +217,10 @@ def main() -> int:
     for stage in args.stages:
         start = time.monotonic()
         done = getattr(build, f"run_{stage}")()
-        print(f"{stage}: {'done' if done else 'stopped, run again to go on'} in {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"{stage}: {'done' if done else 'stopped, run again to go on'} in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
         if not done:
             return 1
     return 0

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
 from lorafleet.models.build import config
 from lorafleet.models.build.clip import Scorer, TextEncoders
+
+PT = {"format": "pt"}
 
 
 def assemble(
@@ -38,6 +42,9 @@ def assemble(
         add_watermarker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    # As published SDXL checkpoints name them; transformers 5 reads both, version 4 only these.
+    path = out / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}, path, PT)
     for name in ("tokenizer", "tokenizer_2"):
         for file in ("vocab.json", "merges.txt"):
             (out / name / file).write_bytes((tokenizers / name / file).read_bytes())
@@ -47,3 +54,23 @@ def assemble(
     CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(out / "scorer")
+
+
+def take(name: str, module: nn.Module, folder: Path) -> None:
+    """Fill a stage's module from an assembled folder, as far as it went in: vision towers of the text stage did not."""
+    read = lambda part, file="model.safetensors": load_file(folder / part / file)  # noqa: E731
+    match name:
+        case "text":
+            weights = {f"two.{k}": v for k, v in read("text_encoder_2").items()}
+            weights |= {f"one.{k}": v for k, v in read("text_encoder").items()}
+        case "scorer":
+            weights = {f"clip.{k}": v for k, v in read("scorer").items()}
+        case "decoder":
+            return  # is the autoencoder's own decoder, already in place
+        case _:
+            weights = read(name, "diffusion_pytorch_model.safetensors")
+    known = set(module.state_dict())
+    unknown = set(weights) - known
+    if unknown:
+        raise ValueError(f"{folder}: {name} has unknown weights, {min(unknown)} for one")
+    module.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)

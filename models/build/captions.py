@@ -126,7 +126,8 @@ def pool(data: Data, words: Mapping[str, list[int]], count: int, seed: int) -> C
     for row in range(count):
         caption, *columns[row] = grammar.draw(rng)
         tokens[row] = pad([t for word in caption.replace(",", " ,").split() for t in words[word]])
-    return Captions(*columns.T, tokens=tokens)
+    subject, second, tint, background = columns.T
+    return Captions(subject, second, tint, background, tokens)
 
 
 def pad(ids: list[int]) -> list[int]:

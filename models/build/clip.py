@@ -3,11 +3,18 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
-from transformers import CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from lorafleet.models.build import config
 from lorafleet.models.build.captions import Captions
+from lorafleet.models.build.loop import StepLoss
 from lorafleet.models.build.render import Renderer
 
 ALIGNMENT = 0.5
@@ -79,7 +86,9 @@ def pad_second(tokens: Tensor) -> Tensor:
     return torch.where(end & (end.cumsum(1) > 1), 0, tokens)
 
 
-def loss_of(model: TextEncoders | Scorer, renderer: Renderer, captions: Captions, batch: int, autocast: torch.dtype):  # type: ignore[no-untyped-def]
+def loss_of(
+    model: TextEncoders | Scorer, renderer: Renderer, captions: Captions, batch: int, autocast: torch.dtype
+) -> StepLoss:
     """InfoNCE in both directions (Radford et al. 2021) plus alignment of the pairs (Wang and Isola 2020, eq. 2).
 
     Alignment pulls matching pairs towards cosine 1, which InfoNCE alone has no reason to; rows that show the same

@@ -5,15 +5,17 @@ CLIP score here: 100 * cosine of the scorer's image and text features, normalise
 
 import itertools
 import json
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from lorafleet.models.build import config, loop
@@ -31,8 +33,36 @@ SAMPLES = (
     "a green dragon on a pink background",
     "a rocket next to a pizza on a white background",
     "a cat face next to a bouquet on a cyan background",
-    "a blue dog face on a orange background",
+    "a blue dog face on an orange background",
 )
+
+TARGETS = {
+    "clip_generated": ">= 84",
+    "clip_real": ">= 90",
+    "clip_mismatched": "<= 25",
+    "recall_at_1_generated": ">= 0.98",
+    "pair_both_found": ">= 0.60",
+    "seeds_l1": ">= 0.05",
+    "seeds_named": "= 1",
+    "vae_psnr_db": ">= 27",
+    "image_s": "<= 1.5",
+}
+MEANING = {
+    "clip_generated": "CLIP score, generated, held-out pairs",
+    "clip_real": "CLIP score, real, held-out pairs",
+    "clip_mismatched": "CLIP score, generated, with another pair's caption",
+    "clip_mismatched_real": "CLIP score, real, with another pair's caption",
+    "recall_at_1_generated": "retrieval R@1 of 256, generated",
+    "recall_at_1_real": "retrieval R@1 of 256, real",
+    "pair_both_found": "two subjects: both found, generated",
+    "pair_each_found": "two subjects: each found, generated",
+    "pair_both_found_real": "two subjects: both found, real",
+    "seeds_l1": "mean pixel difference between eight seeds of one prompt (of 1)",
+    "seeds_l1_min": "the same, least of all pairs",
+    "seeds_named": "eight seeds that the scorer names right among all emoji",
+    "vae_psnr_db": "VAE reconstruction, PSNR in dB",
+    "image_s": "seconds for one picture on two CPU cores",
+}
 
 
 class Score:
@@ -67,8 +97,6 @@ class Generator:
         self.pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, prompts: list[str], seeds: list[int], batch: int = 16) -> list[Image.Image]:
-        from tqdm import tqdm
-
         images: list[Image.Image] = []
         for at in tqdm(range(0, len(prompts), batch), desc="images", mininterval=5.0, leave=False):
             part = slice(at, at + batch)
@@ -82,7 +110,7 @@ class Generator:
 
 
 def evaluate(folder: Path, data: Data, device: torch.device, few: bool = False) -> dict[str, float]:
-    """Print the table, write `figures.json` and `samples.png` into `folder`."""
+    """Print the table and write `figures.json`, `samples.png` and the card's table into `folder`."""
     score, generate, renderer = Score(folder / "scorer", device), Generator(folder, device), Renderer(data, device)
     rng = np.random.default_rng(config.SEED)
     figures: dict[str, float] = {}
@@ -90,12 +118,24 @@ def evaluate(folder: Path, data: Data, device: torch.device, few: bool = False) 
     figures |= pairs(score, generate, renderer, data, rng, 8 if few else 100)
     figures |= seeds(score, generate, data)
     figures |= autoencoder(generate.pipeline.vae, renderer, data, 32 if few else 512)
-    figures |= speed(generate) if device.type == "cpu" else {}
+    if device.type == "cpu":
+        figures |= speed(generate)
     for name, value in figures.items():
-        print(f"{name:32} {value:8.3f}")
+        print(f"{name:28} {value:8.3f}   {TARGETS.get(name, '')}")
     (folder / "figures.json").write_text(json.dumps({k: round(v, 4) for k, v in figures.items()}, indent=1) + "\n")
     samples(generate).save(folder / "samples.png", optimize=True)
+    if (card := folder / "README.md").exists():
+        card.write_text(with_figures(card.read_text("utf-8"), figures), "utf-8")
     return figures
+
+
+def with_figures(card: str, figures: dict[str, float]) -> str:
+    """The card with its table and the sample prompts brought up to date."""
+    rows = [f"| {MEANING[name]} | {value:.3f} | {TARGETS.get(name, '')} |" for name, value in figures.items()]
+    table = "\n".join(["| figure | value | wanted |", "| --- | --- | --- |", *rows])
+    card = re.sub(r"(<!-- figures -->\n).*?(<!-- /figures -->)", lambda m: f"{m[1]}{table}\n{m[2]}", card, flags=re.S)
+    prompts = "; ".join(SAMPLES)
+    return re.sub(r"(top to bottom: ).*?(<!-- prompts -->)", lambda m: f"{m[1]}{prompts} {m[2]}", card, flags=re.S)
 
 
 def held_out(
@@ -125,13 +165,13 @@ def pairs(
 
     255 other names stand in for each subject in turn; "both" needs both to be found.
     """
-    left, right = (rng.choice(len(data.emoji), (2, count), replace=False)) if count < len(data.emoji) // 2 else (None, None)
+    left, right = rng.choice(len(data.emoji), (2, count), replace=False)
     colour = rng.integers(len(COLOUR_NAMES), size=count)
     names = [e.name for e in data.emoji]
     prompts = [canonical_pair(names[a], names[b], COLOUR_NAMES[c]) for a, b, c in zip(left, right, colour, strict=True)]
     made = score.images(generate(prompts, list(range(count))))
     real = score.images(_render(renderer, left, right, colour))
-    found = {"generated": [], "real": []}
+    found: dict[str, list[tuple[bool, bool]]] = {"generated": [], "real": []}
     for i, (a, b, c) in enumerate(zip(left, right, colour, strict=True)):
         others = [names[j] for j in rng.choice(len(names), 257, replace=False) if j not in (a, b)][:255]
         swapped = [canonical_pair(n, names[b], COLOUR_NAMES[c]) for n in others]
@@ -155,11 +195,13 @@ def seeds(score: Score, generate: Generator, data: Data) -> dict[str, float]:
     apart = [np.abs(a - b).mean() for a, b in itertools.combinations(pixels, 2)]
     captions = [canonical(e.name, "blue") for e in data.emoji]
     right = (score.images(images) @ score.texts(captions).T).argmax(1) == captions.index(SEEDS_PROMPT)
-    return dict(seeds_l1=float(np.mean(apart)), seeds_l1_min=float(np.min(apart)), seeds_named=right.float().mean().item())
+    return dict(
+        seeds_l1=float(np.mean(apart)), seeds_l1_min=float(np.min(apart)), seeds_named=right.float().mean().item()
+    )
 
 
 @torch.no_grad()
-def autoencoder(vae: torch.nn.Module, renderer: Renderer, data: Data, count: int) -> dict[str, float]:
+def autoencoder(vae: AutoencoderKL, renderer: Renderer, data: Data, count: int) -> dict[str, float]:
     """PSNR over all pixels of `count` renderings of held-out pairs, peak 1."""
     g = loop.generator(renderer.device, "psnr")
     pairs = torch.from_numpy(np.argwhere(data.held_out))[:count].to(renderer.device)

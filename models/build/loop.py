@@ -13,6 +13,9 @@ from tqdm import tqdm
 from lorafleet.models.build import config
 from lorafleet.models.build.config import Stage
 
+StepLoss = Callable[[int, torch.Generator], Mapping[str, Tensor]]
+"""(step, generator) -> losses: "loss" is minimised, the others are shown."""
+
 SAVE_EVERY_S = 90.0
 REPORT_EVERY = 200  # steps
 WARM_STEPS = 20  # compiling and caches; left out of the pace
@@ -28,7 +31,8 @@ class Average:
     """Exponential moving average of a module's parameters (Polyak averaging)."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.parameters = decay, list(module.parameters())
+        self.decay = decay
+        self.parameters: list[Tensor] = list(module.parameters())
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -50,12 +54,12 @@ def train(
     name: str,
     stage: Stage,
     module: nn.Module,
-    loss_of: Callable[[int, torch.Generator], Mapping[str, Tensor]],
+    loss_of: StepLoss,
     folder: Path,
     deadline_s: float | None = None,
     fit: bool = False,
 ) -> bool:
-    """Train `module` in place; `loss_of(step, generator)` gives at least "loss".
+    """Train `module` in place on `loss_of`.
 
     Goes on from `folder/<name>.pt` if that is there. At `deadline_s` (`time.monotonic()`) it stops, saved, and says
     False; with `fit` the number of steps is instead stretched or cut to end there, at the pace measured. True when all

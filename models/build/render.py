@@ -24,27 +24,39 @@ class Renderer:
         """Pictures of the captions `rows` (int64 [B], on the CPU): float [B, 3, *size] in [-1, 1]."""
         column = lambda a: torch.from_numpy(a).to(self.device)[rows.to(self.device)].long()  # noqa: E731
         return self.compose(
-            column(captions.subject), column(captions.second), column(captions.tint), column(captions.background), size, g
+            column(captions.subject),
+            column(captions.second),
+            column(captions.tint),
+            column(captions.background),
+            size,
+            g,
         )
 
     def compose(
-        self, subject: Tensor, second: Tensor, tint: Tensor, background: Tensor, size: tuple[int, int], g: torch.Generator
+        self,
+        subject: Tensor,
+        second: Tensor,
+        tint: Tensor,
+        background: Tensor,
+        size: tuple[int, int],
+        g: torch.Generator,
     ) -> Tensor:
         """As `draw`, from int64 [B] tensors on the device (-1: none)."""
         canvas = self.colours[background][:, :, None, None].expand(-1, -1, *size)
         pair = second >= 0
-        place = self._place(len(subject), pair, size, g)
-        picture = self._over(canvas, subject, tint, place[0], size)
+        first, other = self._place(pair, size, g)
+        picture = self._over(canvas, subject, tint, *first, size)
         if pair.any():
             none = torch.full_like(tint, -1)
-            both = self._over(picture[pair], second[pair], none[pair], place[1][pair], size)
+            both = self._over(picture[pair], second[pair], none[pair], other[0][pair], other[1][pair], size)
             picture = picture.clone()
             picture[pair] = both
         return picture * 2 - 1
 
-    def _place(self, count: int, pair: Tensor, size: tuple[int, int], g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two affine maps from canvas to bitmap for each row, float [B, 2, 3] (see `F.affine_grid`)."""
-        height, width = size
+    def _place(self, pair: Tensor, size: tuple[int, int], g: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        """For the first and the second subject: affine maps from canvas to bitmap, float [B, 2, 3] (see
+        `F.affine_grid`), and which way it faces, float [B] of 1 or -1."""
+        (height, width), count = size, len(pair)
         u = lambda low, high: low + (high - low) * torch.rand(count, device=self.device, generator=g)  # noqa: E731
         side = min(height, width)
         maps = []
@@ -61,18 +73,19 @@ class Renderer:
             # bitmap = R(-angle) / scale * ((x - cx) * ax, (y - cy) * ay)
             m = torch.stack([cos * ax, sin * ay, -sin * ax, cos * ay], -1).view(-1, 2, 2)
             shift = -(m @ torch.stack([centre_x, centre_y], -1)[..., None])
-            m = torch.cat([m, shift], -1)
-            maps.append((m, flip))
-        return tuple(torch.cat([m, flip[:, None, None].expand(-1, 2, 1)], -1) for m, flip in maps)  # type: ignore
+            maps.append((torch.cat([m, shift], -1), flip))
+        return maps
 
-    def _over(self, canvas: Tensor, emoji: Tensor, tint: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    def _over(
+        self, canvas: Tensor, emoji: Tensor, tint: Tensor, place: Tensor, flip: Tensor, size: tuple[int, int]
+    ) -> Tensor:
         """Draw bitmaps over `canvas` (float [B, 3, H, W] in [0, 1])."""
-        m, flip = place[..., :3].clone(), place[:, 0, 3]
-        m[:, 0] *= torch.where(self.mirrored[emoji], flip, 1.0)[:, None]
+        facing = torch.stack([torch.where(self.mirrored[emoji], flip, 1.0), torch.ones_like(flip)], -1)
+        place = place * facing[:, :, None]
         alpha = self.alpha[emoji].float() / 255
         rgb = self.rgb[emoji].float() / 255
         rgb = torch.where((tint >= 0)[:, None, None, None], self._tinted(rgb, self.colours[tint]), rgb)
-        grid = F.affine_grid(m, [len(m), 4, *size], align_corners=False)
+        grid = F.affine_grid(place, [len(place), 4, *size], align_corners=False)
         layer = F.grid_sample(torch.cat([rgb * alpha, alpha], 1), grid, align_corners=False)
         return layer[:, :3] + canvas * (1 - layer[:, 3:])
 

@@ -42,9 +42,9 @@ def learn(data: Data) -> CLIPTokenizer:
 def save(tokenizer: CLIPTokenizer, folder: Path, pad_token: str = END) -> None:
     """Write `tokenizer` with another pad token (SDXL's second tokenizer pads with "!")."""
     vocab, merges = tokenizer.get_vocab(), _merges(tokenizer.backend_tokenizer)
-    CLIPTokenizer(
-        vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=config.CONTEXT
-    ).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=config.CONTEXT).save_pretrained(
+        folder
+    )
     # The two files that readers other than transformers 5 look for.
     by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
     (folder / "vocab.json").write_text(json.dumps(by_id, ensure_ascii=False), "utf-8")

@@ -1,11 +1,15 @@
 """The denoiser: SDXL's UNet, small, trained on cached latents with min-SNR weighting."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lorafleet.models.build import config
 from lorafleet.models.build.clip import TextEncoders, pad_second
+from lorafleet.models.build.loop import StepLoss
 
 
 def build() -> UNet2DConditionModel:
@@ -40,7 +44,7 @@ def schedule() -> DDPMScheduler:
 
 @torch.no_grad()
 def condition(text: TextEncoders, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] -> (penultimate states of both encoders [B, L, D1+D2], pooled projection of the second [B, P])."""
+    """Token ids [B, L] -> (penultimate states of both encoders [B, L, D1+D2], pooled output of the second [B, P])."""
     first = text.one(input_ids=tokens, output_hidden_states=True)
     second = text.two(input_ids=pad_second(tokens), output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
@@ -58,16 +62,16 @@ class Sizes:
         return self.latents[rows].float(), self.tokens[rows].long()
 
 
-def loss_of(  # type: ignore[no-untyped-def]
+def loss_of(
     unet: nn.Module,
-    compiled,
+    compiled: Callable[..., Any],
     text: TextEncoders,
     square: Sizes,
     others: list[Sizes],
     empty: Tensor,
     batch: int,
     autocast: torch.dtype,
-):
+) -> StepLoss:
     """Noise-prediction error (Ho et al. 2020) with min-SNR-gamma weights (Hang et al. 2023, eq. 5).
 
     `compiled` runs the square steps, `unet` itself the others (so that only one shape is compiled); both are the same

@@ -1,11 +1,15 @@
 """The autoencoder: 128 x 128 x 3 to 16 x 16 x 4 and back."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lorafleet.models.build import config
 from lorafleet.models.build.captions import Captions
+from lorafleet.models.build.loop import StepLoss
 from lorafleet.models.build.render import Renderer
 
 KL = 2e-6
@@ -28,7 +32,13 @@ def build() -> AutoencoderKL:
     )
 
 
-def loss_of(forward, renderer: Renderer, captions: Captions, batch: int, autocast: torch.dtype):  # type: ignore[no-untyped-def]
+def loss_of(
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    renderer: Renderer,
+    captions: Captions,
+    batch: int,
+    autocast: torch.dtype,
+) -> StepLoss:
     """L1 + squared error + L1 of differences (edges) + KL. `forward(x, noise)` -> (reconstruction, KL)."""
     device = renderer.device
 
@@ -85,7 +95,7 @@ class Decoder(nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z))  # type: ignore[no-any-return]
+        return self.decoder(self.post_quant_conv(z))
 
 
 @torch.no_grad()
@@ -99,8 +109,6 @@ def encode_pool(
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """`count` renderings of random captions as latents: (fp16 [count, 4, h, w] not yet scaled, int64 rows [count])."""
-    from tqdm import tqdm
-
     batch, device = min(count, 1024), renderer.device
     latents = torch.empty(count, 4, size[0] // 8, size[1] // 8, dtype=torch.float16, device=device)
     rows = torch.randint(len(captions), (count,), device=device, generator=g)

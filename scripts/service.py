@@ -1,6 +1,7 @@
 """`lorafleet serve` in a process of its own, for as long as a `with` block; used by smoke, bench and e2e tests."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,11 +30,12 @@ class Service:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing listens on now, below the ones that Ray's own processes take by themselves."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port between 20000 and 30000")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The trained parts as the folder that `StableDiffusionXLPipeline.from_pretrained` opens, with the scorer beside."""
 
+import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -54,6 +55,14 @@ def assemble(
     CLIPImageProcessorPil(
         size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(out / "scorer")
+    for part in ("text_encoder", "text_encoder_2", "scorer"):
+        _compute_in_float32(out / part / "config.json")
+
+
+def _compute_in_float32(path: Path) -> None:
+    """transformers computes in the dtype that the config names, diffusers' models in float32: unless both agree, a
+    pipeline opened without `dtype` cannot run."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def take(name: str, module: nn.Module, folder: Path) -> None:

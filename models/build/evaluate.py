@@ -145,7 +145,7 @@ def held_out(
     pairs = rng.permutation(np.argwhere(data.held_out))[:count]
     prompts = [canonical(data.emoji[e].name, COLOUR_NAMES[c]) for e, c in pairs]
     text = score.texts(prompts)
-    real = score.images(_render(renderer, pairs[:, 0], -np.ones(count), pairs[:, 1]))
+    real = score.images(render(renderer, pairs[:, 0], -np.ones(count), pairs[:, 1]))
     made = score.images(generate(prompts, list(range(count))))
     rank = lambda x: ((x @ text.T).argmax(1) == torch.arange(count, device=x.device)).float().mean()  # noqa: E731
     return dict(
@@ -170,7 +170,7 @@ def pairs(
     names = [e.name for e in data.emoji]
     prompts = [canonical_pair(names[a], names[b], COLOUR_NAMES[c]) for a, b, c in zip(left, right, colour, strict=True)]
     made = score.images(generate(prompts, list(range(count))))
-    real = score.images(_render(renderer, left, right, colour))
+    real = score.images(render(renderer, left, right, colour))
     found: dict[str, list[tuple[bool, bool]]] = {"generated": [], "real": []}
     for i, (a, b, c) in enumerate(zip(left, right, colour, strict=True)):
         others = [names[j] for j in rng.choice(len(names), 257, replace=False) if j not in (a, b)][:255]
@@ -234,7 +234,7 @@ def samples(generate: Generator) -> Image.Image:
     return grid
 
 
-def _render(renderer: Renderer, first: np.ndarray, second: np.ndarray, colour: np.ndarray) -> list[Image.Image]:
+def render(renderer: Renderer, first: np.ndarray, second: np.ndarray, colour: np.ndarray) -> list[Image.Image]:
     to = lambda a: torch.as_tensor(np.asarray(a), device=renderer.device).long()  # noqa: E731
     g = loop.generator(renderer.device, "real")
     x = renderer.compose(to(first), to(second), torch.full_like(to(first), -1), to(colour), config.SQUARE, g)

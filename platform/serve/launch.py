@@ -20,7 +20,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from lorafleet.core.config import home
@@ -33,11 +32,12 @@ OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # holds images on their way; Ray'
 # A UNIX socket's path has at most 107 bytes, of which Ray's session folder and socket names take about 65.
 MAX_RAY_DIR_CHARS: Final = 40
 POLL_S: Final = 0.1
+STOP_POLL_S: Final = 0.5
 CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT or SIGTERM arrived while starting."""
 
 
 def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -> None:
@@ -45,12 +45,15 @@ def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -
 
     Raises LorafleetError, one sentence, when it cannot start. Call it from the main thread.
     """
+    stop = threading.Event()
+    # The handlers only note the signal: an exception out of one, in the middle of Ray's native start-up code, ended
+    # the process with a segmentation fault in 4 of 17 tries.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, lambda *_: stop.set())
     try:
-        with running_service(settings) as address:
+        with running_service(settings, stop) as address:
             on_ready(address)
-            threading.Event().wait()
+            stop.wait()
     except Stopped:
         return
     finally:
@@ -59,17 +62,22 @@ def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -
 
 
 @contextmanager
-def running_service(settings: ServeSettings) -> Iterator[str]:
-    """The service's address; on exit the service is down and, if Ray was ours, no process of it is left."""
+def running_service(settings: ServeSettings, stop: threading.Event | None = None) -> Iterator[str]:
+    """The service's address; on exit the service is down and, if Ray was ours, no process of it is left.
+
+    Raises Stopped at the next safe place if `stop` is set before the service is ready.
+    """
+    stop = stop or threading.Event()
     check_port(settings.host, settings.port)
     find_base(settings.base)
     with _ray(settings):
+        _check(stop)
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
         try:
             _deploy(settings)
-            yield _wait_until_ready(settings)
+            yield _wait_until_ready(settings, stop)
         finally:
             if settings.ray_address:
                 serve.delete(APP_NAME)
@@ -197,8 +205,8 @@ def _deploy(settings: ServeSettings) -> None:
         )
 
 
-def _wait_until_ready(settings: ServeSettings) -> str:
-    """The address. Raises what hindered the replica, or NotReady after `start_timeout_s`."""
+def _wait_until_ready(settings: ServeSettings, stop: threading.Event) -> str:
+    """The address. Raises what hindered the replica, Stopped, or NotReady after `start_timeout_s`."""
     from ray import serve
 
     deadline = time.monotonic() + settings.start_timeout_s
@@ -206,6 +214,7 @@ def _wait_until_ready(settings: ServeSettings) -> str:
     address = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
     status = ""
     while time.monotonic() < deadline:
+        _check(stop)
         application = serve.status().applications.get(APP_NAME)
         status = str(application.status.value) if application else "NOT_STARTED"
         if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -213,7 +222,10 @@ def _wait_until_ready(settings: ServeSettings) -> str:
             raise LorafleetError(f"the service did not start, Ray's logs say more: {reason}")
         if status == "RUNNING":
             handle: Any = serve.get_deployment_handle("Replica", APP_NAME)
-            answer = handle.model.remote().result(timeout_s=max(1.0, deadline - time.monotonic()))
+            try:
+                answer = _result(handle.model.remote(), deadline, stop)
+            except TimeoutError:
+                break
             if isinstance(answer, LorafleetError):
                 raise answer
             if _answers(f"{address}/readyz"):
@@ -223,6 +235,22 @@ def _wait_until_ready(settings: ServeSettings) -> str:
         f"the service was not ready in {settings.start_timeout_s:g} seconds (Ray Serve says {status}): "
         "raise start_timeout_s, or look for what else uses this machine"
     )
+
+
+def _result(response: Any, deadline: float, stop: threading.Event) -> Any:
+    """A replica's answer, looking up now and then whether to stop."""
+    while True:
+        _check(stop)
+        try:
+            return response.result(timeout_s=STOP_POLL_S)
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Stopped
 
 
 def _answers(url: str) -> bool:
@@ -245,7 +273,3 @@ def _one_sentence(what: str) -> Iterator[None]:
 def _last_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Stopped

@@ -1,10 +1,13 @@
 """`lorafleet serve` as a person runs it: one real service for the whole module, stopped by its last test."""
 
 import base64
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from PIL import Image
-from service import COMMAND, Service, running_service, stop
+from service import COMMAND, Service, free_port, running_service, stop
 
 from lorafleet.core.recipe import CHUNK, extract
 
@@ -108,6 +111,23 @@ def test_an_unreadable_model_folder_is_one_sentence(content: dict[str, str], tmp
     assert str(folder) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_ctrl_c_during_the_start_ends_everything(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [COMMAND, "serve", "--port", str(free_port())],
+        env={**os.environ, "LORAFLEET_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr
+    assert process.stderr.readline().startswith("starting")
+    time.sleep(3.0)  # in the middle of Ray's start
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert processes_of(tmp_path) == []
 
 
 def test_sigterm_ends_everything_cleanly(service: Service) -> None:

@@ -128,6 +128,7 @@ class Build:
         def forward(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.no_grad():
                 z, kl = encode(x, noise)
+                z = z + config.DECODER_NOISE * z.std() * noise.roll(1, 0)  # what the UNet makes is never exact
             return decode(z), kl
 
         batch = self.stage("decoder").batch

@@ -13,6 +13,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
 
 from lorafleet.core.errors import (
     DeadlineExceeded,
@@ -203,7 +204,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_documents(app: FastAPI, service: Service) -> None:
-    """FastAPI's own would not know the base; its page takes Swagger's scripts from a CDN, as here."""
+    """FastAPI's own would not know the base, and its page takes Swagger's scripts from other hosts."""
+    app.mount("/docs/static", StaticFiles(packages=[("fastapi_offline", "static")]))
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
@@ -215,7 +217,13 @@ def _add_documents(app: FastAPI, service: Service) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url="/docs/static/swagger-ui-bundle.js",
+            swagger_css_url="/docs/static/swagger-ui.css",
+            swagger_favicon_url="/docs/static/favicon.png",
+        )
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

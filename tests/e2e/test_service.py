@@ -15,9 +15,21 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from service import COMMAND, Service, free_port, running_service, stop
 
 from lorafleet.core.recipe import CHUNK, extract
+
+# A root user has no sandbox; the others keep the browser from calling home.
+BROWSER_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +123,22 @@ def test_an_unreadable_model_folder_is_one_sentence(content: dict[str, str], tmp
     assert str(folder) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_the_docs_page_needs_no_other_host(service: Service, require: Callable[[str], str], tmp_path: Path) -> None:
+    browser_path = require("browser")
+    asked, failed = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_FLAGS)
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("response", lambda response: failed.append(response.url) if response.status >= 400 else None)
+        page.goto(f"{service.url}/docs")
+        page.get_by_text("/v1/images/generations").wait_for(timeout=20_000)
+        page.screenshot(path=tmp_path / "docs.png")
+        browser.close()
+    assert [url for url in asked if not url.startswith((service.url, "data:"))] == []
+    assert failed == []
 
 
 def test_ctrl_c_during_the_start_ends_everything(tmp_path: Path) -> None:

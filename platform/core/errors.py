@@ -6,6 +6,9 @@ LorafleetError
 ├── BaseNotFound           no base model under that id, path or revision     (exit code 1)
 ├── BaseUnreadable         a base model is there but cannot be loaded        (exit code 1)
 ├── RecipeMismatch         a recipe was made by another base model           (HTTP 409)
+├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
+├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
+├── AdapterBusy            every adapter slot is in use, try again later     (HTTP 503)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
@@ -70,6 +73,24 @@ class RecipeMismatch(LorafleetError):
     """A recipe asks for another base model than the one that is loaded."""
 
     code = "recipe_mismatch"
+
+
+class AdapterUnreadable(LorafleetError):
+    """An adapter's file is a pickle, damaged, incomplete, or holds something else than plain LoRA."""
+
+    code = "adapter_unreadable"
+
+
+class AdapterIncompatible(LorafleetError):
+    """An adapter was made for another base, or asks for modules or a rank that cannot be served."""
+
+    code = "adapter_incompatible"
+
+
+class AdapterBusy(LorafleetError):
+    """Every adapter slot is leased or pinned at the moment; one is free again when an image is done."""
+
+    code = "adapter_busy"
 
 
 class Overloaded(LorafleetError):

@@ -16,6 +16,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from lorafleet.core.errors import (
+    AdapterBusy,
+    AdapterIncompatible,
+    AdapterUnreadable,
     DeadlineExceeded,
     GenerationFailed,
     InvalidRequest,
@@ -63,12 +66,15 @@ STATUSES: Final[dict[type[LorafleetError], int]] = {
     MalformedBody: 400,
     ModelNotFound: 404,
     RecipeMismatch: 409,
+    AdapterIncompatible: 409,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     InvalidRequest: 422,
+    AdapterUnreadable: 422,
     Overloaded: 429,
     GenerationFailed: 500,
     NotReady: 503,
+    AdapterBusy: 503,
     DeadlineExceeded: 504,
 }
 TYPES: Final = {

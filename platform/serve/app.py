@@ -4,8 +4,6 @@ import asyncio
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -30,17 +28,17 @@ OTHER_REQUESTS: Final = 100  # health checks and bad requests at a time, beside 
 
 @serve.deployment
 class Replica:
-    """One copy of the model; its pipeline runs in one thread, requests wait in that thread's queue.
+    """One copy of the model and the engine that shares it between requests, in a thread of its own.
 
     Errors that this project raises on purpose, those of the constructor too, are handed over as values: raised
     ones would reach the gateway wrapped, and Ray would log each bad request as a failure of the replica.
     """
 
     def __init__(self, settings: ServeSettings, threads: int) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pipeline")
+        self._stall_s = settings.request_timeout_s
         self._failure: LorafleetError | None = None
         try:
-            self._thread.submit(self._load, settings, threads).result()
+            self._load(settings, threads)
         except LorafleetError as error:
             self._failed_at, self._failure = time.monotonic(), error
         except Exception as error:  # the process edge: raised, it would come back as Ray's pages of text
@@ -58,35 +56,36 @@ class Replica:
         from lorafleet.serve.pipeline import Pipeline
 
         torch.set_num_threads(threads)
-        self._pipeline = Pipeline(load_base(settings.base))
+        self._pipeline = Pipeline(load_base(settings.base), settings.engine).start()
         self._pipeline.generate(GenerationRequest(prompt="warm-up", steps=1, seed=0))
 
     async def model(self) -> ModelInfo | LorafleetError:
         return self._failure or self._pipeline.model
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult | LorafleetError:
+        """When the gateway's call is cancelled, so are the images."""
         if self._failure is not None:
             return self._failure
-        arrived = time.monotonic()
-        work = partial(self._run, request, arrived, arrived + timeout_s)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _run(self, request: GenerationRequest, arrived: float, deadline: float) -> GenerationResult | LorafleetError:
-        queue_s = time.monotonic() - arrived
         try:
-            result = self._pipeline.generate(request, deadline=deadline)
+            return await self._pipeline.generate_async(request, deadline=time.monotonic() + timeout_s)
         except LorafleetError as error:
             return error
         except Exception:  # the process edge: this request is lost, the replica is not
             logger.exception("a generation failed")
             return GenerationFailed("the model failed on this request: the replica's log says why")
-        result.timings.update(queue_s=queue_s, total_s=queue_s + result.timings["total_s"])
-        return result
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises: what hindered the load may pass."""
-        if self._failure is not None and time.monotonic() - self._failed_at > RELOAD_AFTER_S:
-            raise self._failure
+        """Called by Serve, which replaces a replica that raises: what hindered the load may pass, and an engine
+        that has ended, or hangs for as long as any request may take, does not come back."""
+        if self._failure is not None:
+            if time.monotonic() - self._failed_at > RELOAD_AFTER_S:
+                raise self._failure
+            return
+        engine = self._pipeline.engine
+        if engine.failure is not None:
+            raise LorafleetError(f"the engine failed: {engine.failure}")
+        if time.monotonic() - engine.heartbeat > self._stall_s:
+            raise LorafleetError(f"the engine has not moved for {self._stall_s:g} seconds")
 
 
 class ReplicaBackend:

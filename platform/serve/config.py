@@ -1,6 +1,6 @@
 """Settings of the service. Imports neither torch nor ray."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -9,12 +9,53 @@ from lorafleet.sdxl.config import BaseConfig
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+class EngineSettings(BaseModel):
+    """How a replica shares its model between the images it works on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_batch: int = Field(
+        default=8, ge=1, le=64, description="images that take a denoising step together, unless exact is on"
+    )
+    exact: bool | None = Field(
+        default=None,
+        description="images that do not depend on their neighbours in the batch, bit by bit; off, pixels may differ "
+        "in the last bit and the throughput is higher; left out: on, except on a GPU",
+    )
+    exact_jobs: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="images in the one batch size of exact mode, filled up when there are fewer; more of them raise "
+        "the throughput of many requests and the latency of a single one",
+    )
+    row_buckets: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
+        default=(),
+        description="row counts that a batch is filled up to, unless exact is on; an image has 2 rows, without "
+        "guidance 1; left out: batches are not filled up",
+    )
+    max_skipped_turns: int = Field(
+        default=100,
+        ge=0,
+        le=100_000,
+        description="steps that an image lets more urgent ones go before it; then it takes one itself",
+    )
+    prompt_cache_entries: int = Field(
+        default=256, ge=0, le=100_000, description="prompts whose embeddings are kept; 0.3 MB each with SDXL"
+    )
+    background: bool | None = Field(
+        default=None,
+        description="encode prompts and decode images in a thread beside the steps; left out: on a GPU only",
+    )
+
+
 class ServeSettings(BaseModel):
     """What is served, where, and how much of the machine it takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: BaseConfig = Field(default_factory=BaseConfig, description="the base model")
+    engine: EngineSettings = Field(default_factory=EngineSettings, description="batching")
     host: str = Field(
         default="127.0.0.1",
         pattern=r"^[0-9A-Za-z.:-]+$",

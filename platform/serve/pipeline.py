@@ -1,21 +1,17 @@
-"""One request from prompt to PNGs on one loaded base. Plain Python and torch: knows neither HTTP nor Ray."""
+"""Requests on one loaded base: images of the engine become PNGs with recipes. Knows neither HTTP nor Ray."""
 
-import copy
+import asyncio
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Self
 
-import torch
-from PIL import Image
-
-from lorafleet.core.errors import DeadlineExceeded, GenerationFailed
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.recipe import BaseRef, Recipe, embed, versions
 from lorafleet.sdxl.base import Base
-from lorafleet.sdxl.schedulers import make_scheduler
-from lorafleet.sdxl.text import PromptEmbedding, encode_negative, encode_prompt
-from lorafleet.sdxl.vae import decode
+from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine import Engine, Event, Handle, ImageResult, Job, Step
 from lorafleet.serve.result import GenerationResult, ModelInfo
 
 OnStep = Callable[[int, int], None]
@@ -23,86 +19,91 @@ OnStep = Callable[[int, int], None]
 
 
 class Pipeline:
-    """Runs requests one after another; not for several threads at once."""
+    """Runs requests on an engine, for several threads at once: in its thread between `start` and `close`, else in
+    the caller's. The images of all requests, and those of one, share its batches."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
         self.base = base
+        self.engine = Engine(base, settings)
         self.model = ModelInfo(
             ref=BaseRef(id=base.id, revision=base.config.revision, fingerprint=base.fingerprint),
             limits=base.limits,
             created_unix_s=int(time.time()),
         )
         self._versions = versions()
+        self._is_started = False
+
+    def start(self) -> Self:
+        """Gives the engine its own thread, which `generate_async` needs."""
+        self.engine.start()
+        self._is_started = True
+        return self
+
+    def close(self) -> None:
+        """Stops the engine after the step that is running; requests that are not done fail with NotReady."""
+        self.engine.close()
 
     def generate(
         self, request: GenerationRequest, *, on_step: OnStep | None = None, deadline: float | None = None
     ) -> GenerationResult:
         """All images of a request. `deadline` is on `time.monotonic()`'s clock and checked at every step.
 
-        Raises InvalidRequest (a size or step count this base cannot do), DeadlineExceeded, GenerationFailed.
+        Raises InvalidRequest (a size or step count this base cannot do), DeadlineExceeded, GenerationFailed,
+        NotReady (the engine was closed).
         """
-        self.base.limits.check(request)
+        handles = self._submit(request, on_step, deadline)
+        try:
+            if not self._is_started:
+                self.engine.run_until_idle()
+            return self._result(request, handles, [handle.result() for handle in handles])
+        finally:
+            _cancel(handles)
+
+    async def generate_async(self, request: GenerationRequest, *, deadline: float | None = None) -> GenerationResult:
+        """As `generate`, leaving the event loop free. Cancelling it calls the images off within one step."""
+        handles = self._submit(request, None, deadline)
+        try:
+            images = await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
+            return await asyncio.to_thread(self._result, request, handles, images)
+        finally:
+            _cancel(handles)
+
+    def _submit(self, request: GenerationRequest, on_step: OnStep | None, deadline: float | None) -> list[Handle]:
         first_seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(request.num_images)]
-        clock = _Clock(deadline)
-        with _out_of_memory_named(), torch.inference_mode():
-            with clock.stage("encode_s"):
-                positive = encode_prompt(self.base, request.prompt)
-                negative = encode_negative(self.base, request.negative_prompt, positive)
-            images = []
-            for i, seed in enumerate(seeds):
-                with clock.stage("denoise_s"):
-                    progress = _progress(clock, on_step, i, len(seeds))
-                    latents = self._denoise(request, seed, positive, negative, progress)
-                with clock.stage("decode_s"):
-                    image = Image.fromarray(decode(self.base, latents)[0])
-                    images.append(embed(image, self._recipe(request, seed, image)))
+        listener = None if on_step is None else _Progress(on_step, images=len(seeds))
+        return [self.engine.submit(Job(request, seed, deadline, on_event=listener)) for seed in seeds]
+
+    def _result(
+        self, request: GenerationRequest, handles: Sequence[Handle], results: Sequence[ImageResult]
+    ) -> GenerationResult:
+        start = time.monotonic()
+        seeds = [handle.job.seed for handle in handles]
+        images = [
+            embed(result.image, self._recipe(request, seed, result))
+            for seed, result in zip(seeds, results, strict=True)
+        ]
+        timings = dict(max((result.timings for result in results), key=lambda timings: timings["total_s"]))
+        encoding_s = time.monotonic() - start
+        timings["decode_s"] += encoding_s
+        timings["total_s"] += encoding_s
         warnings = [
             f"{name} is longer than the base's {self.base.limits.max_prompt_tokens} tokens, its end was dropped: "
-            f"{embedding.dropped_text.strip()!r}"
-            for name, embedding in (("prompt", positive), ("negative_prompt", negative))
-            if embedding.dropped_text
+            f"{dropped.strip()!r}"
+            for name, dropped in (
+                ("prompt", results[0].dropped_prompt),
+                ("negative_prompt", results[0].dropped_negative),
+            )
+            if dropped
         ]
-        return GenerationResult(images=images, seeds=seeds, timings=clock.timings(), warnings=warnings)
+        return GenerationResult(images=images, seeds=seeds, timings=timings, warnings=warnings)
 
-    def _denoise(
-        self,
-        request: GenerationRequest,
-        seed: int,
-        positive: PromptEmbedding,
-        negative: PromptEmbedding,
-        after_step: Callable[[int, int], None],
-    ) -> torch.Tensor:
-        """Latents [1, 4, h, w] of one image, noise from a CPU generator of its own."""
-        width, height = self.base.limits.size_of(request)
-        pipeline = copy.copy(self.base.pipeline)  # shares the weights; scheduler and guidance are this image's
-        pipeline.scheduler = make_scheduler(self.base, request.scheduler)
-
-        def callback(_: object, index: int, *_more: object) -> dict[str, object]:
-            after_step(index + 1, pipeline.num_timesteps)
-            return {}
-
-        latents: torch.Tensor = pipeline(
-            prompt_embeds=positive.hidden,
-            pooled_prompt_embeds=positive.pooled,
-            negative_prompt_embeds=negative.hidden,
-            negative_pooled_prompt_embeds=negative.pooled,
-            width=width,
-            height=height,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            callback_on_step_end=callback,
-        ).images
-        return latents
-
-    def _recipe(self, request: GenerationRequest, seed: int, image: Image.Image) -> Recipe:
+    def _recipe(self, request: GenerationRequest, seed: int, result: ImageResult) -> Recipe:
         return Recipe(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
-            width=image.width,
-            height=image.height,
+            width=result.image.width,
+            height=result.image.height,
             steps=request.steps,
             guidance_scale=request.guidance_scale,
             scheduler=request.scheduler,
@@ -112,44 +113,23 @@ class Pipeline:
         )
 
 
-class _Clock:
-    """Seconds by stage, and the deadline that every stage and step looks at."""
+class _Progress:
+    """Adds up the steps of all images of a request, which all have as many."""
 
-    def __init__(self, deadline: float | None) -> None:
-        self._deadline = deadline
-        self._start = time.monotonic()
-        self._stages = {"encode_s": 0.0, "denoise_s": 0.0, "decode_s": 0.0}
+    def __init__(self, on_step: OnStep, *, images: int) -> None:
+        self._on_step = on_step
+        self._images = images
+        self._done = 0
+        self._lock = threading.Lock()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.check()
-        start = time.monotonic()
-        yield
-        self._stages[name] += time.monotonic() - start
-
-    def check(self) -> None:
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise DeadlineExceeded("the request's time was up before its images were done")
-
-    def timings(self) -> dict[str, float]:
-        return {**self._stages, "total_s": time.monotonic() - self._start}
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            with self._lock:
+                self._done += 1
+                self._on_step(self._done, self._images * event.total)
 
 
-def _progress(clock: _Clock, on_step: OnStep | None, image: int, images: int) -> Callable[[int, int], None]:
-    """What to do after each step of the `image`-th image."""
-
-    def after_step(done: int, total: int) -> None:
-        if on_step is not None:
-            on_step(image * total + done, images * total)
-        clock.check()
-
-    return after_step
-
-
-@contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise GenerationFailed("out of GPU memory: ask for a smaller size, or set base.low_memory=true") from error
+def _cancel(handles: Sequence[Handle]) -> None:
+    """What is done stays done; when one image fails or the caller leaves, the others need not go on."""
+    for handle in handles:
+        handle.cancel()

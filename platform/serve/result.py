@@ -8,7 +8,7 @@ from lorafleet.sdxl.limits import BaseLimits
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """`images` are PNGs that carry their recipe; `timings` are seconds by stage, with `total_s`."""
+    """`images` are PNGs that carry their recipe; `timings` are seconds by stage of the image that was done last."""
 
     images: list[bytes]
     seeds: list[int]

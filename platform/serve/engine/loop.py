@@ -1,0 +1,249 @@
+"""The engine: at every turn it chooses who takes a step, runs the UNet once for all of them, and advances each."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Self
+
+import torch
+from PIL import Image
+
+from lorafleet.core.errors import DeadlineExceeded, GenerationFailed, LorafleetError, NotReady
+from lorafleet.sdxl.base import Base
+from lorafleet.sdxl.vae import decode
+from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine.forward import predict
+from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
+from lorafleet.serve.engine.order import choose
+from lorafleet.serve.engine.preview import Previewer
+from lorafleet.serve.engine.prompts import PromptCache
+from lorafleet.serve.engine.run import Run
+
+logger = logging.getLogger(__name__)
+
+IDLE_S: Final = 0.5  # how often an idle engine shows that it lives
+
+
+class Engine:
+    """Runs jobs on one loaded base, in a thread of its own (`with engine:`, or start and close) or in the caller's
+    (`run_until_idle`).
+
+    Whether an image depends on its neighbours is set by `settings.exact`. On a CPU a row's result depends on how
+    many rows its forward has, because the libraries choose other kernels (differences of 1e-6 in the latents, seen in
+    8 convolutions and 15 linears of emojixl's UNet), but not on what the other rows hold or where it stands. So exact
+    mode, the default there, fixes the number of rows: a recipe then gives the identical image, alone or under load.
+
+    Every public method is safe for all threads.
+    """
+
+    def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
+        self.base = base
+        self.settings = settings or EngineSettings()
+        on_gpu = base.device.type == "cuda"
+        self._is_exact = not on_gpu if self.settings.exact is None else self.settings.exact
+        # On a CPU a second thread would take cores from the step and start a second pool of OpenMP threads.
+        by_default = on_gpu and not base.config.low_memory  # whose weights move to and fro for one thread only
+        background = by_default if self.settings.background is None else self.settings.background
+        self._background = ThreadPoolExecutor(1, "engine-background") if background else None
+        self.prompts = PromptCache(base, self.settings.prompt_cache_entries)
+        self._previewer = Previewer(base)
+        self._runs: list[Run] = []
+        self._lock = threading.Lock()  # guards _runs and _arrivals
+        self._arrivals = 0
+        self._turn_lock = threading.Lock()  # one turn at a time
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._is_resting = True
+        self._background_failure: Exception | None = None
+        self.failure: BaseException | None = None
+        """What ended the loop, if anything did. Such an engine takes no more jobs."""
+        self.heartbeat = time.monotonic()
+        """When the loop last showed that it lives, on `time.monotonic()`'s clock; one turn may take a forward."""
+
+    def start(self) -> Self:
+        """Starts the thread."""
+        assert self._thread is None, "the engine runs already"
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stops after the step that is running; jobs that are not done fail with NotReady. May be called twice."""
+        with self._lock:
+            self._is_closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._background is not None:
+            self._background.shutdown()
+        self._fail_all(NotReady("the engine was closed before this image was done: try again"))
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, job: Job) -> Handle:
+        """Queues a job. Raises InvalidRequest (a size or step count this base cannot do), or NotReady when the
+        engine is closed or has failed."""
+        self.base.limits.check(job.request)
+        run = Run(job, self.base.limits.size_of(job.request), on_cancel=self._wake.set)
+        with self._lock:
+            if self._is_closed or self.failure is not None:
+                raise NotReady("the engine is closed" if self.failure is None else f"the engine failed: {self.failure}")
+            run.arrival = self._arrivals
+            self._arrivals += 1
+            self._runs.append(run)
+        if self._background is not None:
+            self._background.submit(self._in_background, run, self._prepare)
+        self._wake.set()
+        return run.handle
+
+    def run_until_idle(self) -> None:
+        """Does all the work there is, in this thread; for an engine that is not started."""
+        assert self._thread is None, "the engine runs in its own thread"
+        while self._turn():
+            pass
+
+    # ---- the algorithm ----
+
+    def _turn(self) -> bool:
+        """One forward for those whose turn it is. False when there is nothing left to do."""
+        with self._turn_lock, torch.inference_mode():
+            self.heartbeat = time.monotonic()
+            self._wake.clear()
+            if self._background_failure is not None:
+                raise self._background_failure
+            self._drop_cancelled_and_late()
+            with self._lock:
+                runs = list(self._runs)
+            if not runs:
+                self._rest()
+                return False
+            self._is_resting = False
+            waiting = [run for run in runs if run.waits_for_step(is_prepared_elsewhere=self._background is not None)]
+            if not waiting:
+                self._wake.wait(IDLE_S)  # all of them are being encoded or decoded
+                return True
+            batch = choose(waiting, max_jobs=self._batch_size(), max_skipped_turns=self.settings.max_skipped_turns)
+            if self._background is None:
+                batch = [run for run in batch if run.sampler is not None or self._attempt(run, self._prepare)]
+            if batch:
+                self._step(batch)
+            return True
+
+    def _step(self, batch: list[Run]) -> None:
+        samplers = [run.sampler for run in batch if run.sampler is not None]
+        outputs = predict(self.base, samplers, self._row_buckets())
+        for run, output in zip(batch, outputs, strict=True):
+            if isinstance(output, Exception):
+                self._end(run, Failed(_in_our_words(output)))
+            elif self._attempt(run, self._advance, output) and run.sampler is not None and run.sampler.is_done:
+                run.end_denoising()
+                if self._background is not None:
+                    self._background.submit(self._in_background, run, self._decode)
+                else:
+                    self._attempt(run, self._decode)
+
+    def _prepare(self, run: Run) -> None:
+        run.begin()
+        run.handle.emit(Started())
+        positive, negative = self.prompts.pair(run.job.request.prompt, run.job.request.negative_prompt)
+        run.start_denoising(self.base, positive, negative)
+        self._wake.set()
+
+    def _advance(self, run: Run, output: torch.Tensor) -> None:
+        sampler = run.sampler
+        assert sampler is not None
+        sampler.advance(output)
+        every = run.job.preview_every
+        preview = self._previewer.render(sampler.latents) if every and sampler.done % every == 0 else None
+        run.handle.emit(Step(sampler.done, sampler.total, preview))
+
+    def _decode(self, run: Run) -> None:
+        assert run.sampler is not None
+        run.check()
+        image = Image.fromarray(decode(self.base, run.sampler.latents)[0])
+        self._end(run, Finished(ImageResult(image, run.timings(), *run.dropped)))
+
+    # ---- what can go wrong ----
+
+    def _attempt(self, run: Run, stage: Callable[..., None], *arguments: object) -> bool:
+        """Runs a stage of one job; a failure there is that job's own. False if the job is over."""
+        try:
+            stage(run, *arguments)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            self._end(run, Failed(_in_our_words(error)))
+        return not run.handle.is_done
+
+    def _in_background(self, run: Run, stage: Callable[[Run], None]) -> None:
+        try:
+            with torch.inference_mode():
+                self._attempt(run, stage)
+        except Exception as error:  # the thread's edge: the loop fails with it
+            self._background_failure = error
+            self._wake.set()
+
+    def _drop_cancelled_and_late(self) -> None:
+        with self._lock:
+            runs = list(self._runs)
+        for run in runs:
+            try:
+                run.check()
+            except (Cancelled, DeadlineExceeded) as error:
+                self._end(run, Failed(error))
+
+    def _end(self, run: Run, event: Finished | Failed) -> None:
+        """The job's last event; only the first one counts."""
+        with self._lock:
+            if run not in self._runs:
+                return
+            self._runs.remove(run)
+        run.handle.emit(event)
+        self._wake.set()
+
+    def _fail_all(self, error: LorafleetError) -> None:
+        with self._lock:
+            runs = list(self._runs)
+        for run in runs:
+            self._end(run, Failed(error))
+
+    def _loop(self) -> None:
+        try:
+            while not self._is_closed:
+                if not self._turn():
+                    self._wake.wait(IDLE_S)
+        except BaseException as error:  # the thread's edge: callers must not wait for a thread that is gone
+            logger.exception("the engine stopped")
+            with self._lock:
+                self.failure = error
+            self._fail_all(NotReady("the engine failed while it worked on this image: try again"))
+
+    def _rest(self) -> None:
+        if not self._is_resting:
+            self._is_resting = True
+            self.base.pipeline.maybe_free_model_hooks()  # low_memory: the weights may leave the GPU now
+
+    def _batch_size(self) -> int:
+        return self.settings.exact_jobs if self._is_exact else self.settings.max_batch
+
+    def _row_buckets(self) -> tuple[int, ...]:
+        """In exact mode one bucket for all; one job alone needs none, its rows are always as many."""
+        if self._is_exact:
+            return (2 * self.settings.exact_jobs,) if self.settings.exact_jobs > 1 else ()
+        return self.settings.row_buckets
+
+
+def _in_our_words(error: Exception) -> LorafleetError:
+    if isinstance(error, LorafleetError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return GenerationFailed("out of GPU memory: ask for a smaller size, or set base.low_memory=true")
+    logger.error("a generation failed", exc_info=error)
+    return GenerationFailed("the model failed on this request: the log says why")

@@ -1,0 +1,105 @@
+"""One image's way from noise to latents, one UNet evaluation at a time.
+
+The arithmetic is that of diffusers' StableDiffusionXLPipeline for one image: the same calls in the same order, so
+that the results agree bit for bit where the UNet's do.
+"""
+
+import inspect
+from typing import Any, Final
+
+import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+from diffusers.utils.torch_utils import randn_tensor
+
+from lorafleet.sdxl.base import Base
+from lorafleet.sdxl.schedulers import make_scheduler
+from lorafleet.sdxl.text import PromptEmbedding
+from lorafleet.serve.engine.job import Job
+
+CPU: Final = torch.device("cpu")
+
+
+class Sampler:
+    """State of one job between two evaluations; for one thread at a time.
+
+    With guidance it takes part in a batch as two rows, negative prompt first, else as one. What its rows are told
+    does not change between steps: `hidden` [rows, L, D], `pooled` [rows, P], `time_ids` [rows, 6] in the base's dtype.
+    """
+
+    def __init__(
+        self, base: Base, job: Job, size: tuple[int, int], positive: PromptEmbedding, negative: PromptEmbedding
+    ) -> None:
+        """`size`: (width, height) in pixels."""
+        width, height = size
+        pipeline = base.pipeline
+        self._guidance_scale = job.request.guidance_scale
+        self._guidance_rescale = job.guidance_rescale
+        # A base distilled for guidance is told the scale in place of being run twice.
+        embeds_guidance = pipeline.unet.config.time_cond_proj_dim is not None
+        self.is_guided = self._guidance_scale > 1 and not embeds_guidance
+        sides = [negative, positive] if self.is_guided else [positive]
+        self.hidden = torch.cat([side.hidden for side in sides])
+        self.pooled = torch.cat([side.pooled for side in sides])
+        # (original size, crop's corner, target size), heights first: SDXL paper, section 2.2.
+        conditions = [height, width, 0, 0, height, width]
+        self.time_ids = torch.tensor([conditions] * self.rows, dtype=self.hidden.dtype).to(base.device)
+        self.guidance_embedding: torch.Tensor | None = None
+        if embeds_guidance:
+            self.guidance_embedding = pipeline.get_guidance_scale_embedding(
+                torch.tensor([self._guidance_scale - 1]), embedding_dim=pipeline.unet.config.time_cond_proj_dim
+            ).to(device=base.device, dtype=self.hidden.dtype)
+
+        self._generator = torch.Generator(CPU).manual_seed(job.seed)
+        scheduler: Any = make_scheduler(base, job.request.scheduler)
+        scheduler.set_timesteps(job.request.steps, device=CPU)  # on a GPU each look at one would wait for the GPU
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # or else it searches the timestep in its list: another wait
+        self._scheduler = scheduler
+        self._timesteps = list(scheduler.timesteps)
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {"generator": self._generator, "eta": 0.0}
+        self._step_options = {name: value for name, value in options.items() if name in accepted}
+        factor = pipeline.vae_scale_factor
+        shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+        noise = randn_tensor(shape, generator=self._generator, device=base.device, dtype=self.hidden.dtype)
+        self.latents: torch.Tensor = noise * scheduler.init_noise_sigma
+        """[1, 4, h, w] as the VAE's decoder wants them once `is_done`."""
+        self.done = 0
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.is_guided else 1
+
+    @property
+    def total(self) -> int:
+        """Evaluations of the UNet, more than the request's steps with a second-order sampler."""
+        return len(self._timesteps)
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == self.total
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """Scalar on the CPU."""
+        timestep: torch.Tensor = self._timesteps[self.done]
+        return timestep
+
+    def model_input(self) -> torch.Tensor:
+        """[rows, 4, h, w] for the next evaluation."""
+        latents = torch.cat([self.latents] * self.rows)
+        scaled: torch.Tensor = self._scheduler.scale_model_input(latents, self.timestep)
+        return scaled
+
+    def advance(self, model_output: torch.Tensor) -> None:
+        """Takes the step for which `model_output` [rows, 4, h, w] was predicted."""
+        prediction = model_output
+        if self.is_guided:
+            negative, positive = model_output.chunk(2)
+            prediction = negative + self._guidance_scale * (positive - negative)
+            if self._guidance_rescale > 0.0:
+                prediction = rescale_noise_cfg(prediction, positive, guidance_rescale=self._guidance_rescale)
+        self.latents = self._scheduler.step(
+            prediction, self.timestep, self.latents, **self._step_options, return_dict=False
+        )[0]
+        self.done += 1

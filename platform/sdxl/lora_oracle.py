@@ -5,6 +5,7 @@ Needs peft. Nothing here shares code with the bank or with our readers and write
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def _inject(model: torch.nn.Module, modules: dict[str, Any], name: str, weight: 
         alpha_pattern={f"^{path}": module.alpha for path, module in modules.items()},
         target_modules=list(modules),
     )
-    inject_adapter_in_model(config, model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+        inject_adapter_in_model(config, model, adapter_name=name)
     for path, module in modules.items():
         layer: Any = model.get_submodule(path)
         layer.lora_A[name].weight.data.copy_(module.a)

@@ -8,13 +8,16 @@ from typing import Any, Final
 
 from lorafleet.core.errors import AdapterUnreadable
 from lorafleet.sdxl.lora import MAX_HEADER_BYTES, PARTS
-from lorafleet.sdxl.lora_keys import ModuleKeys, named
+from lorafleet.sdxl.lora_keys import named
 
 _HEADER_KEYS: Final = ("lora_adapter_metadata", "adapter_config")
 
 
-def header_alphas(metadata: Mapping[str, str], path: Path, modules: Mapping[str, ModuleKeys]) -> dict[str, float]:
-    """Alpha by module, for the modules that the configuration says something about. Raises AdapterUnreadable."""
+def header_alphas(metadata: Mapping[str, str], path: Path, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Alpha by module, for the modules that the configuration says something about. `ranks`: all modules'.
+
+    Raises AdapterUnreadable.
+    """
     text = next((metadata[key] for key in _HEADER_KEYS if key in metadata), None)
     beside = path.with_name("adapter_config.json")
     if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
@@ -26,8 +29,8 @@ def header_alphas(metadata: Mapping[str, str], path: Path, modules: Mapping[str,
         config = json.loads(text)
         return {
             name: alpha
-            for name in modules
-            if (alpha := _alpha(_part_config(config, name.partition(".")[0]), name)) is not None
+            for name, rank in ranks.items()
+            if (alpha := _alpha(_part_config(config, name.partition(".")[0]), name, rank)) is not None
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterUnreadable(f"the adapter's PEFT configuration cannot be read: {error}") from error
@@ -40,7 +43,7 @@ def _part_config(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     return own if has_parts else dict(config)
 
 
-def _alpha(config: Mapping[str, Any], name: str) -> float | None:
+def _alpha(config: Mapping[str, Any], name: str, rank: int) -> float | None:
     if config.get("use_dora"):
         raise AdapterUnreadable("the adapter is a DoRA (use_dora in its configuration), which is not supported")
     patterns = config.get("alpha_pattern") or {}
@@ -49,7 +52,8 @@ def _alpha(config: Mapping[str, Any], name: str) -> float | None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError("lora_alpha is not a number")
-    return float(alpha)
+    # rank-stabilised LoRA scales by alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 
 def _fits(pattern: str, name: str) -> bool:

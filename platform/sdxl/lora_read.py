@@ -54,7 +54,8 @@ def read_adapter(path: Path, targets: Targets) -> Adapter:
                     f"the adapter was trained on another base (fingerprint {str(fingerprint)[:12]}, this one is "
                     f"{targets.fingerprint[:12]}): serve it on its own base or train it again"
                 )
-            alphas = header_alphas(metadata, path, modules)
+            ranks = {name: entries[module.keys["a"]].shape[0] for name, module in modules.items()}
+            alphas = header_alphas(metadata, path, ranks)
             adapter = Adapter(
                 {name: _load(file, start, module, entries, alphas.get(name)) for name, module in modules.items()},
                 name=str(about.get("name", "")),

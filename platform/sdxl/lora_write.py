@@ -94,7 +94,9 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _usual(values: list[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
+    """The most frequent value, the largest of several: whatever the order of the modules."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

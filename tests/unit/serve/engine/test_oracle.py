@@ -1,0 +1,147 @@
+"""Random mixes of jobs that join, leave and share batches: every image is the one diffusers makes of it alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lorafleet.core.generation import SCHEDULERS, GenerationRequest
+from lorafleet.sdxl.base import Base
+from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine import Cancelled, Engine, Event, Handle, Job, Step
+
+JOBS = st.builds(
+    Job,
+    request=st.builds(
+        GenerationRequest,
+        prompt=st.sampled_from(["a red apple on a blue background", "yellow star", "cat"]),
+        negative_prompt=st.sampled_from(["", "green", "dog"]),
+        width=st.sampled_from([64, 96]),
+        height=st.sampled_from([64, 96, 128]),
+        steps=st.integers(1, 5),
+        guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 7.0]),
+        scheduler=st.sampled_from(SCHEDULERS),
+    ),
+    seed=st.sampled_from([0, 1, 2**32 - 1]),
+)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A job that joins once `joins_after` steps were done by all together, and may be called off after its own."""
+
+    job: Job
+    joins_after: int
+    leaves_after: int | None
+
+
+GUESTS = st.builds(Guest, JOBS, joins_after=st.integers(0, 12), leaves_after=st.none() | st.integers(1, 3))
+BATCHING = st.builds(
+    EngineSettings,
+    exact=st.booleans(),
+    exact_jobs=st.integers(1, 3),
+    max_batch=st.integers(1, 8),
+    max_skipped_turns=st.integers(0, 5),
+    row_buckets=st.sampled_from([(), (2, 4, 8, 16)]),
+)
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+class Party:
+    """Runs guests on an engine in this thread."""
+
+    def __init__(self, engine: Engine, guests: list[Guest]) -> None:
+        self.engine = engine
+        self.outside = sorted(guests, key=lambda guest: guest.joins_after)
+        self.inside: list[tuple[Guest, Handle]] = []
+        self.steps = 0
+
+    def run(self) -> None:
+        self.let_in()
+        while self.outside or not all(handle.is_done for _, handle in self.inside):
+            self.engine.run_until_idle()
+            self.steps = max([self.steps, *(guest.joins_after for guest in self.outside[:1])])
+            self.let_in()
+
+    def let_in(self) -> None:
+        while self.outside and self.outside[0].joins_after <= self.steps:
+            guest = self.outside.pop(0)
+            own = 0
+
+            def listen(event: Event, guest: Guest = guest) -> None:
+                nonlocal own
+                if isinstance(event, Step):
+                    self.steps += 1
+                    self.let_in()
+                    if event.done == guest.leaves_after:
+                        next(handle for other, handle in self.inside if other is guest).cancel()
+
+            self.inside.append((guest, self.engine.submit(replace(guest.job, on_event=listen))))
+
+
+def check(
+    base: Base, oracle: Callable[..., object], pixels: Callable[..., object], batching: EngineSettings, mix: list[Guest]
+) -> None:
+    party = Party(Engine(base, batching), [replace(guest) for guest in mix])
+    party.run()
+    assert len(party.inside) == len(mix)
+    for guest, handle in party.inside:
+        steps = [event for event in handle.events() if isinstance(event, Step)]
+        if guest.leaves_after is not None and guest.leaves_after <= steps[-1].total:
+            assert len(steps) == guest.leaves_after
+            with pytest.raises(Cancelled):
+                handle.result()
+        else:
+            difference = abs(pixels(handle.result().image) - oracle(guest.job))  # type: ignore[operator]
+            assert difference.max() < 2, guest
+            if batching.exact and batching.exact_jobs == 1:
+                assert difference.max() == 0, guest
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=FIXTURES)
+@given(batching=BATCHING, mix=st.lists(GUESTS, min_size=1, max_size=4))
+def test_every_image_of_a_mix_is_the_one_made_alone(
+    emojixl: Base,
+    oracle: Callable[..., object],
+    pixels: Callable[..., object],
+    batching: EngineSettings,
+    mix: list[Guest],
+) -> None:
+    check(emojixl, oracle, pixels, batching, mix)
+
+
+@pytest.mark.nightly
+@settings(max_examples=50, deadline=None, suppress_health_check=FIXTURES)
+@given(batching=BATCHING, mix=st.lists(GUESTS, min_size=1, max_size=8))
+def test_every_image_of_many_mixes_is_the_one_made_alone(
+    emojixl: Base,
+    oracle: Callable[..., object],
+    pixels: Callable[..., object],
+    batching: EngineSettings,
+    mix: list[Guest],
+) -> None:
+    check(emojixl, oracle, pixels, batching, mix)
+
+
+def test_guidance_rescale_is_diffusers_own(
+    emojixl: Base, make_engine: Callable[..., Engine], pixels: Callable[[Image.Image], object]
+) -> None:
+    import torch
+
+    request = GenerationRequest(prompt="yellow star", steps=3, guidance_scale=7.0, width=64, height=64)
+    engine = make_engine()
+    handle = engine.submit(Job(request, seed=1, guidance_rescale=0.7))
+    engine.run_until_idle()
+    (expected,) = emojixl.pipeline(
+        prompt=request.prompt,
+        width=64,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=7.0,
+        guidance_rescale=0.7,
+        generator=torch.Generator("cpu").manual_seed(1),
+    ).images
+    assert (pixels(handle.result().image) == pixels(expected)).all()  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ def header_alphas(metadata: Mapping[str, str], path: Path, ranks: Mapping[str, i
             for name, rank in ranks.items()
             if (alpha := _alpha(_part_config(config, name.partition(".")[0]), name, rank)) is not None
         }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterUnreadable(f"the adapter's PEFT configuration cannot be read: {error}") from error
 
 

@@ -150,7 +150,8 @@ class AdapterBank:
         this thread, once however many ask at the same time, with no lock held. Waits up to `timeout_s` for a slot.
 
         Raises AdapterBusy, AdapterIncompatible, or what `loader` raises (as AdapterUnreadable if it is no
-        LorafleetError); all who wait for the same load get the error, and nothing of it stays.
+        LorafleetError); all who wait for the same load get the error, and nothing of it stays. AdapterBusy is for the
+        one whose time is up; what was loaded stays in CPU memory.
         """
         while True:
             with self._lock:
@@ -164,7 +165,7 @@ class AdapterBank:
                     flight = self._flights[key] = _Flight()
                     break
             flight.done.wait()
-            if flight.error is not None:
+            if flight.error is not None and not isinstance(flight.error, AdapterBusy):
                 raise copy.copy(flight.error) from flight.error
         try:
             return self._load(key, loader, timeout_s)
@@ -176,7 +177,7 @@ class AdapterBank:
             raise flight.error from error
         finally:
             with self._lock:
-                self._failures += flight.error is not None
+                self._failures += flight.error is not None and not isinstance(flight.error, AdapterBusy)
                 del self._flights[key]
             flight.done.set()
 
@@ -238,8 +239,7 @@ class AdapterBank:
             leased = [slot.key or "" for slot in self._slots if slot.refs]
             if leased or self._flights:
                 raise AdapterBusy(f"the bank cannot be detached, {named(leased or self._flights)} is in use")
-        unwrap(self.base, self.targets, self._originals)
-        self._originals = {}
+        self._unwrap()
 
     def __enter__(self) -> Self:
         return self
@@ -247,8 +247,14 @@ class AdapterBank:
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         if kind is None:
             self.detach()
+        else:
+            self._unwrap()
 
     # --- within ---
+
+    def _unwrap(self) -> None:
+        unwrap(self.base, self.targets, self._originals)
+        self._originals = {}
 
     def _load(self, key: str, loader: Loader, timeout_s: float) -> Lease:
         with self._lock:

@@ -106,6 +106,10 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bad PEFT config": (lambda h: h.update(__metadata__={"adapter_config": "{"}), "configuration"),
     "alpha is a word": (lambda h: h.update(__metadata__={"adapter_config": '{"lora_alpha": "x"}'}), "lora_alpha"),
     "alpha is NaN": (lambda h: h.update(__metadata__={"adapter_config": '{"lora_alpha": NaN}'}), "lora_alpha"),
+    "alpha beyond floats": (
+        lambda h: h.update(__metadata__={"adapter_config": '{"lora_alpha": 1' + "0" * 400 + "}"}),
+        "configuration",
+    ),
     "a slow pattern": (
         lambda h: h.update(__metadata__={"adapter_config": '{"alpha_pattern": {"(a+)+$": 1}}'}),
         "alpha_pattern",

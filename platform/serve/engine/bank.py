@@ -3,7 +3,15 @@
     file -> loader() -> CPU memory, packed (LRU, bounded) -> slot (leased, pinned or the next to go)
 
 `acquire` does all of the way in the calling thread, which is not the one that runs the model; that one calls
-`publish` and `set_rows` between steps. A slot is overwritten only when no lease holds it.
+`publish` and `set_rows` between steps. A slot is overwritten only when no lease holds it. By hand, with one image's
+two rows of guidance:
+
+    bank = AdapterBank(base, BankConfig(slots=4))
+    with bank.acquire(version, lambda: read_adapter(path, bank.targets)) as lease:
+        bank.publish()
+        bank.set_rows([[(lease.slot, 0.8)]] * 2)
+        bank.set_text_rows([[(lease.slot, 0.8)]])
+        images = base.pipeline("a plush robot").images
 """
 
 import copy
@@ -230,7 +238,8 @@ class AdapterBank:
         self._set(self._rows, rows)
 
     def set_text_rows(self, rows: Rows) -> None:
-        """As `set_rows`, for the prompts that both text encoders get next."""
+        """As `set_rows`, for the prompts that both text encoders get next. It may be another thread that runs these;
+        then a lease is to be released only when its work on the device is done."""
         self._set(self._text_rows, rows)
 
     def detach(self) -> None:

@@ -213,6 +213,12 @@ def test_targets_must_match(plain: Base, settings: dict[str, Any], words: str) -
         AdapterBank(plain, BankConfig(**settings))
 
 
+def test_weights_that_come_and_go_take_no_bank(plain: Base) -> None:
+    moving = plain.config.model_copy(update={"low_memory": True})
+    with pytest.raises(ConfigError, match="low_memory=false"):
+        AdapterBank(dataclasses.replace(plain, config=moving, device=torch.device("cuda")), BankConfig())
+
+
 def test_nothing_recompiles_when_adapters_come_and_go(own: Base, bank: AdapterBank, adapters: list[Adapter]) -> None:
     """One middle block stands for the UNet: every kind of wrapped linear, in a fifth of the time to trace."""
     block = own.pipeline.unet.mid_block.attentions[0]

@@ -349,4 +349,4 @@ class AdapterBank:
                     raise ValueError(f"slot {index} is not leased or not published")
                 if not math.isfinite(weight):
                     raise ValueError(f"an adapter's weight must be a finite number, not {weight}")
-        inputs.write(rows)
+        inputs.write(rows, [slot.lines for slot in self._slots])

@@ -62,6 +62,17 @@ def bank(own: Base) -> Iterator[AdapterBank]:
         yield bank
 
 
+@pytest.fixture(params=[True, False], ids=["row by row", "batched"])
+def by_row(request: pytest.FixtureRequest, own: Base, bank: AdapterBank) -> Iterator[bool]:
+    """Both ways that a wrapped linear computes."""
+    wrapped = [m for part in PARTS for m in getattr(own.pipeline, part).modules() if isinstance(m, SlotLinear)]
+    for module in wrapped:
+        module.goes_row_by_row = request.param
+    yield request.param
+    for module in wrapped:
+        module.goes_row_by_row = True
+
+
 @pytest.fixture(scope="module")
 def leases(bank: AdapterBank, adapters: list[Adapter]) -> Iterator[list[Lease]]:
     leases = [bank.acquire(str(i), lambda adapter=adapter: adapter) for i, adapter in enumerate(adapters)]  # type: ignore[misc]
@@ -90,7 +101,7 @@ one_row = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-1.5, -0.3, 0.0
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mix=st.lists(one_row, min_size=1, max_size=3))
 def test_each_row_equals_pefts_alone(
-    mix: Mix, plain: Base, own: Base, bank: AdapterBank, leases: list[Lease], adapters: list[Adapter]
+    mix: Mix, by_row: bool, plain: Base, own: Base, bank: AdapterBank, leases: list[Lease], adapters: list[Adapter]
 ) -> None:
     """Row by row, whatever the neighbours are; also the same adapter twice, which adds up."""
     bank.set_rows([[(leases[i].slot, weight) for i, weight in row] for row in mix])
@@ -103,6 +114,7 @@ def test_each_row_equals_pefts_alone(
 @pytest.mark.parametrize("row", [[(0, 1.0)], [(1, -0.5), (2, 0.7)], [(2, 1.0), (2, 0.5), (0, 0.1), (1, 0.0)]])
 def test_text_encoders_too(
     row: list[tuple[int, float]],
+    by_row: bool,
     plain: Base,
     own: Base,
     bank: AdapterBank,
@@ -121,7 +133,7 @@ def test_text_encoders_too(
 
 
 def test_a_row_without_adapters_is_the_base_bit_for_bit(
-    plain: Base, own: Base, bank: AdapterBank, leases: list[Lease]
+    by_row: bool, plain: Base, own: Base, bank: AdapterBank, leases: list[Lease]
 ) -> None:
     bank.set_rows([[(leases[0].slot, 1.0)], [], [(leases[1].slot, 0.0)]])
     with_neighbour, without = noise_of(own, 3), noise_of(plain, 3)
@@ -130,15 +142,27 @@ def test_a_row_without_adapters_is_the_base_bit_for_bit(
     assert not torch.equal(with_neighbour[0], without[0])
 
 
+def test_a_row_does_not_depend_on_what_its_neighbours_use(own: Base, bank: AdapterBank, leases: list[Lease]) -> None:
+    """Bit for bit on a CPU, for the same number of rows: what the engine's exact mode promises."""
+    row = [(leases[1].slot, 0.7), (leases[0].slot, -0.2)]
+    seen = []
+    for neighbours in ([], [(leases[3].slot, 1.0)], [(lease.slot, 0.5) for lease in leases]):
+        bank.set_rows([neighbours, row, neighbours])
+        seen.append(noise_of(own, 3)[1])
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
 def test_rows_of_the_last_batch_leave_nothing_behind(
-    plain: Base, own: Base, bank: AdapterBank, leases: list[Lease]
+    by_row: bool, plain: Base, own: Base, bank: AdapterBank, leases: list[Lease]
 ) -> None:
     bank.set_rows([[(leases[0].slot, 1.0)]] * 8)
     bank.set_rows([[]])
     assert torch.equal(noise_of(own, 8), noise_of(plain, 8))
 
 
-def test_a_wrapped_linear_by_hand() -> None:
+@pytest.mark.parametrize("by_row", [True, False])
+def test_a_wrapped_linear_by_hand(by_row: bool) -> None:
     """y = 2x + w * (1 * x): rank 1, A = 1, alpha/r * B = 1."""
     linear = nn.Linear(1, 1, bias=False)
     nn.init.constant_(linear.weight, 2.0)
@@ -146,7 +170,8 @@ def test_a_wrapped_linear_by_hand() -> None:
     storage[1] = 1.0
     inputs = RowInputs(3, 2, torch.device("cpu"))
     wrapped = SlotLinear(linear, storage, Place(0, 1, 1, 1), inputs)
-    inputs.write([[(1, 1.0)], [], [(1, -2.0), (1, 0.5)]])
+    wrapped.goes_row_by_row = by_row
+    inputs.write([[(1, 1.0)], [], [(1, -2.0), (1, 0.5)]], [0, 1])
     x = torch.tensor([[10.0], [10.0], [10.0]])
     assert wrapped(x).flatten().tolist() == [30.0, 20.0, 5.0]  # [rows, in]
     assert wrapped(x.unsqueeze(1).expand(3, 4, 1))[:, 3, 0].tolist() == [30.0, 20.0, 5.0]  # [rows, tokens, in]
@@ -163,14 +188,16 @@ def test_bfloat16_stays_close_and_weights_are_not_rounded() -> None:
     storage = torch.randn(2, 8, 128) / 8
     storage[0] = 0
     results = []
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype, by_row in ((torch.float64, True), (torch.bfloat16, True), (torch.bfloat16, False)):
         inputs = RowInputs(2, 2, torch.device("cpu"))
         wrapped = SlotLinear(copy.deepcopy(linear).to(dtype), storage.to(dtype), Place(0, 64, 64, 64), inputs)
-        inputs.write([[(1, 0.7)], []])
+        wrapped.goes_row_by_row = by_row
+        inputs.write([[(1, 0.7)], []], [0, 8])
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         results.append(wrapped(x.to(dtype)))
-    assert results[1].dtype == torch.bfloat16
-    assert (results[0] - results[1].double()).abs().max() < 0.05
+    for result in results[1:]:
+        assert result.dtype == torch.bfloat16
+        assert (results[0] - result.double()).abs().max() < 0.05
 
 
 def test_names_weights_and_types_stay(plain: Base, own: Base, bank: AdapterBank) -> None:
@@ -250,6 +277,7 @@ def test_nothing_recompiles_when_adapters_come_and_go(own: Base, bank: AdapterBa
 @pytest.mark.parametrize("mix", [[(0, 0.8)], [(1, 1.0), (3, -0.6), (2, 0.5)]])
 def test_whole_images_equal_diffusers_with_peft(
     mix: list[tuple[int, float]],
+    by_row: bool,
     plain: Base,
     own: Base,
     bank: AdapterBank,

@@ -61,6 +61,16 @@ def test_a_recipe_read_back_and_posted_as_it_is_makes_the_same_bytes(http: httpx
         assert again.content == png
 
 
+def test_a_recipe_makes_the_same_bytes_beside_other_requests(http: httpx.Client, service_url: str) -> None:
+    png = http.post("/generate", json={**APPLE, "steps": 8}, headers=PNG).content
+    others = [{"prompt": "cat", "steps": 25}, {"prompt": "dog", "steps": 20, "guidance_scale": 1.0, "scheduler": "lcm"}]
+    with ThreadPoolExecutor(2) as pool:
+        replies = pool.map(lambda body: httpx.post(f"{service_url}/generate", json=body, timeout=60), others)
+        again = http.post("/generate", content=extract(png).model_dump_json(), headers=JSON | PNG)
+        assert [reply.status_code for reply in replies] == [200, 200]
+    assert again.content == png
+
+
 def test_png_bytes_tell_their_seed_and_id(http: httpx.Client) -> None:
     reply = http.post("/generate", json={"prompt": "x", "steps": 1}, headers=PNG | {"x-request-id": "mine-7"})
     assert extract(reply.content).seed == int(reply.headers["x-lorafleet-seed"])

@@ -15,7 +15,7 @@ so that its image is the one diffusers' pipeline makes of it alone. Plain Python
 [(128, 128), (128, 128), (128, 128)]
 
 `loop` is the algorithm; `job` the words of its callers; `order` who goes next; `sampler` one image's way through
-its steps; `forward` the batch; `prompts` the embedding cache; `preview` latents as small pictures.
+its steps (`init_image`: from a picture); `forward` the batch; `prompts` the embedding cache; `preview` small pictures.
 """
 
 from lorafleet.serve.engine.job import (

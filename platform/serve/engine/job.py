@@ -72,14 +72,19 @@ class Job:
     """One image of `request` with `seed`; the request's own `seed` and `num_images` say nothing here.
 
     `deadline` is on `time.monotonic()`'s clock. `guidance_rescale` is diffusers' (Lin et al. 2023, section 3.4).
-    Every `preview_every`-th step carries a preview, 0 means none. `on_event` is called in the engine's thread and
-    must return at once; what it raises is logged.
+    With `init_image` only the last `strength` (0 to 1) of the steps are taken, from that picture; with `mask` too,
+    what is white there is drawn anew and the rest kept; both are scaled to the request's size. Every
+    `preview_every`-th step carries a preview, 0 means none. `on_event` is called in the engine's thread and must
+    return at once; what it raises is logged.
     """
 
     request: GenerationRequest
     seed: int
     deadline: float | None = None
     guidance_rescale: float = 0.0
+    init_image: Image.Image | None = None
+    mask: Image.Image | None = None
+    strength: float = 0.8
     preview_every: int = 0
     on_event: Callable[[Event], None] | None = None
 

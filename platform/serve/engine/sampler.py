@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.schedulers import make_scheduler
 from lorafleet.sdxl.text import PromptEmbedding
+from lorafleet.serve.engine.init_image import InitImage, first_step
 from lorafleet.serve.engine.job import Job
 
 CPU: Final = torch.device("cpu")
@@ -52,17 +53,25 @@ class Sampler:
         self._generator = torch.Generator(CPU).manual_seed(job.seed)
         scheduler: Any = make_scheduler(base, job.request.scheduler)
         scheduler.set_timesteps(job.request.steps, device=CPU)  # on a GPU each look at one would wait for the GPU
+        skipped = first_step(job.request.steps, job.strength) * scheduler.order if job.init_image else 0
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # or else it searches the timestep in its list: another wait
+            scheduler.set_begin_index(skipped)  # or else it searches the timestep in its list: another wait
         self._scheduler = scheduler
-        self._timesteps = list(scheduler.timesteps)
+        self._timesteps = list(scheduler.timesteps[skipped:])
         accepted = inspect.signature(scheduler.step).parameters
         options = {"generator": self._generator, "eta": 0.0}
         self._step_options = {name: value for name, value in options.items() if name in accepted}
-        factor = pipeline.vae_scale_factor
-        shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
-        noise = randn_tensor(shape, generator=self._generator, device=base.device, dtype=self.hidden.dtype)
-        self.latents: torch.Tensor = noise * scheduler.init_noise_sigma
+        self._init_image: InitImage | None = None
+        if job.init_image is not None:
+            self._init_image = InitImage(base, job.init_image, job.mask, self._generator, size, self.hidden.dtype)
+            from_noise = job.mask is not None and job.strength == 1.0
+            latents = self._init_image.start(scheduler, self._timesteps[0], from_noise=from_noise)
+        else:
+            factor = pipeline.vae_scale_factor
+            shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+            noise = randn_tensor(shape, generator=self._generator, device=base.device, dtype=self.hidden.dtype)
+            latents = noise * scheduler.init_noise_sigma
+        self.latents: torch.Tensor = latents
         """[1, 4, h, w] as the VAE's decoder wants them once `is_done`."""
         self.done = 0
 
@@ -103,3 +112,6 @@ class Sampler:
             prediction, self.timestep, self.latents, **self._step_options, return_dict=False
         )[0]
         self.done += 1
+        if self._init_image is not None:
+            next_timestep = None if self.is_done else self.timestep
+            self.latents = self._init_image.keep(self.latents, self._scheduler, next_timestep)

@@ -161,6 +161,11 @@ def test_a_passed_deadline_is_a_504_that_asks_not_to_be_retried(http: httpx.Clie
 def test_a_client_that_leaves_hurts_nobody(service_url: str, http: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{service_url}/generate", json={**APPLE, "steps": 100}, timeout=0.3)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{service_url}/generate", json=HEAVY, timeout=0.3)
+    start = time.monotonic()  # the images of those who left are called off
+    assert http.post("/generate", json=APPLE).status_code == 200
+    assert time.monotonic() - start < 4
     half = socket.create_connection((urlsplit(service_url).hostname, urlsplit(service_url).port))
     half.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
     half.close()

@@ -15,6 +15,7 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine.forward import predict
+from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
 from lorafleet.serve.engine.order import choose
 from lorafleet.serve.engine.preview import Previewer
@@ -83,7 +84,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         if self._background is not None:
-            self._background.shutdown()
+            self._background.shutdown(cancel_futures=True)
         self._fail_all(NotReady("the engine was closed before this image was done: try again"))
 
     def __enter__(self) -> Self:
@@ -104,8 +105,8 @@ class Engine:
             run.arrival = self._arrivals
             self._arrivals += 1
             self._runs.append(run)
-        if self._background is not None:
-            self._background.submit(self._in_background, run, self._prepare)
+            if self._background is not None:
+                self._background.submit(self._in_background, run, self._prepare)
         self._wake.set()
         return run.handle
 
@@ -185,6 +186,8 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
             self._end(run, Failed(_in_our_words(error)))
         return not run.handle.is_done
 
@@ -250,9 +253,10 @@ def _check_image(job: Job) -> None:
     """Raises InvalidRequest unless there is an image where one is needed, and a step left to take."""
     if job.mask is not None and job.init_image is None:
         raise InvalidRequest("mask needs init_image, the picture that it is a mask of", param="mask")
-    if job.init_image is not None and not 1 / job.request.steps <= job.strength <= 1:
+    steps = job.request.steps
+    if job.init_image is not None and not (0 <= job.strength <= 1 and first_step(steps, job.strength) < steps):
         raise InvalidRequest(
-            f"strength must be from 1/steps = {1 / job.request.steps:.3g} to 1, so that a step is left to take, "
+            f"strength must be from 1/steps = {1 / steps:.3g} to 1, so that a step is left to take, "
             f"not {job.strength:g}",
             param="strength",
         )

@@ -78,5 +78,8 @@ def test_what_makes_no_sense_is_refused(make_engine: Callable[..., Engine]) -> N
     engine = make_engine()
     with pytest.raises(InvalidRequest, match="strength must be from 1/steps = 0.2 to 1"):
         engine.submit(Job(request("euler"), seed=0, init_image=picture(), strength=0.1))
+    for strength in (float("nan"), 1.01, -0.5):
+        with pytest.raises(InvalidRequest, match="strength must be"):
+            engine.submit(Job(request("euler"), seed=0, init_image=picture(), strength=strength))
     with pytest.raises(InvalidRequest, match="mask needs init_image"):
         engine.submit(Job(request("euler"), seed=0, mask=mask()))

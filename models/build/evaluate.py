@@ -120,9 +120,10 @@ def evaluate(folder: Path, data: Data, device: torch.device, few: bool = False) 
     figures |= autoencoder(generate.pipeline.vae, renderer, data, 32 if few else 512)
     if device.type == "cpu":
         figures |= speed(generate)
+    figures = {name: round(value, 4) for name, value in figures.items()}
     for name, value in figures.items():
         print(f"{name:28} {value:8.3f}   {TARGETS.get(name, '')}")
-    (folder / "figures.json").write_text(json.dumps({k: round(v, 4) for k, v in figures.items()}, indent=1) + "\n")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     samples(generate).save(folder / "samples.png", optimize=True)
     if (card := folder / "README.md").exists():
         card.write_text(with_figures(card.read_text("utf-8"), figures), "utf-8")

@@ -43,6 +43,8 @@ class GenerateReply(BaseModel):
 def _refuse_streaming(value: Any) -> Any:
     if value is True:
         raise ValueError("streaming is not offered yet: leave stream out")
+    if value == 0 and value is not False:  # which pydantic takes for false, and JSON does not
+        raise ValueError(f"stream must be false, got {value}")
     return value
 
 
@@ -72,7 +74,7 @@ class ImagesBody(BaseModel):
     stream: Annotated[Literal[False], BeforeValidator(_refuse_streaming)] | None = Field(
         default=None, description="not offered yet"
     )
-    partial_images: Literal[0] | None = Field(default=None, description="not offered yet")
+    partial_images: Annotated[int, Field(ge=0, le=0)] | None = Field(default=None, description="not offered yet")
     seed: Seed | None = Field(default=None, description="noise seed of the first image; left out: a random one")
     negative_prompt: NegativePrompt | None = Field(default=None, description="what to avoid")
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps; left out: 20")

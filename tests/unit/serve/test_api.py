@@ -241,3 +241,10 @@ def test_the_document_says_what_the_base_can_do(client: Any) -> None:
     assert body["properties"]["width"]["anyOf"][0] == width
     assert set(document["paths"]["/generate"]["post"]["responses"]) >= {"200", "409", "413", "422", "429", "504"}
     assert "#/components/schemas/ErrorReply" in json.dumps(document["paths"]["/v1/models"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("stream", 0), ("stream", 0.0), ("partial_images", False)])
+def test_zero_is_not_false_nor_false_zero(client: Any, field: str, value: object) -> None:
+    reply = client.post("/v1/images/generations", json={"prompt": "x", "num_inference_steps": 1, field: value})
+    assert reply.status_code == 422
+    assert error_of(reply)["param"] == field

@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke test check bench clean
+.PHONY: help run smoke test nightly check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-8s %s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ smoke: .venv/serve ## start the service, make out/*.png with the command line, s
 
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
 	$(BIN)/python -m pytest $(ARGS)
+
+nightly: .venv/dev ## the long tests: 200 random mixes against diffusers, half a minute
+	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 check: .venv/dev ## formatting, lint, types, directions of imports
 	$(BIN)/ruff format --check .

@@ -10,6 +10,10 @@ import pytest
 
 from lorafleet.core.config import required
 
+# Measured on two cores, 20 steps of emojixl: 0.51 s with two threads, 0.68 s with one; but beside a second busy
+# process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one. Set before torch is there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 KINDS = ("unit", "integration", "e2e", "gpu")
 
 
@@ -45,9 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ["LORAFLEET_HOME"] = home
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Measured on two cores, 20 steps of emojixl: 0.51 s with two threads, 0.68 s with one; but beside a second busy
-    # process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

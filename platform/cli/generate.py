@@ -142,7 +142,7 @@ def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSetting
             )
         wanted = wanted.request()
     with _step_bar() as on_step:
-        return Pipeline(base).generate(wanted, on_step=on_step)
+        return Pipeline(base, settings.engine).generate(wanted, on_step=on_step)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ PAIR = (
     "an emoji of {x} next to {y} on a {c} background",
 )
 NO_BACKGROUND = ("{x}", "{x}", "an emoji of {x}", "a picture of {x}")
-PAIR_SHARE, TINT_SHARE, NO_BACKGROUND_SHARE, KEYWORD_SHARE = 0.3, 0.08, 0.08, 0.35
+TINT_SHARE, NO_BACKGROUND_SHARE, KEYWORD_SHARE = 0.08, 0.08, 0.35
 COLOUR_NAMES = tuple(config.COLOURS)
 
 
@@ -76,8 +76,8 @@ def canonical_pair(left: str, right: str, colour: str) -> str:
 class Grammar:
     """Draws captions; never one that shows a held-out (emoji, background) pair."""
 
-    def __init__(self, data: Data) -> None:
-        self.held_out = data.held_out
+    def __init__(self, data: Data, pair_share: float = config.PAIR_SHARE) -> None:
+        self.held_out, self.pair_share = data.held_out, pair_share
         self.phrases = [([p for p, _ in row[1:]], [w for _, w in row[1:]], row[0][0]) for row in data.phrases]
 
     def phrase(self, emoji: int, rng: random.Random) -> str:
@@ -91,13 +91,13 @@ class Grammar:
             if not self.held_out[x, c]:
                 break
         phrase, colour, kind = self.phrase(x, rng), COLOUR_NAMES[c], rng.random()
-        if kind < PAIR_SHARE:
+        if kind < self.pair_share:
             y = rng.randrange(len(self.phrases))
             while y == x or self.held_out[y, c]:
                 y = rng.randrange(len(self.phrases))
             second = with_article(self.phrase(y, rng), rng)
             return rng.choice(PAIR).format(x=with_article(phrase, rng), y=second, c=colour), x, y, -1, c
-        if kind < PAIR_SHARE + NO_BACKGROUND_SHARE:
+        if kind < self.pair_share + NO_BACKGROUND_SHARE:
             return rng.choice(NO_BACKGROUND).format(x=with_article(phrase, rng)), x, -1, -1, c
         tint = -1
         if kind > 1 - TINT_SHARE and not set(phrase.split()) & set(COLOUR_NAMES):
@@ -118,9 +118,11 @@ def all_words(data: Data) -> set[str]:
     return {w for t in texts for w in t.replace(",", " ,").split() if "{" not in w}
 
 
-def pool(data: Data, words: Mapping[str, list[int]], count: int, seed: int) -> Captions:
+def pool(
+    data: Data, words: Mapping[str, list[int]], count: int, seed: int, pair_share: float = config.PAIR_SHARE
+) -> Captions:
     """`count` captions. `words` has the token ids of every word that one can hold: BPE treats words alone."""
-    rng, grammar = random.Random(seed), Grammar(data)
+    rng, grammar = random.Random(seed), Grammar(data, pair_share)
     columns = np.empty((count, 4), dtype=np.int16)
     tokens = np.empty((count, config.CONTEXT), dtype=np.int16)
     for row in range(count):

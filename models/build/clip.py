@@ -1,5 +1,6 @@
 """Contrastive training: the two text encoders against one shared vision tower, and apart from them the scorer."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lorafleet.models.build.render import Renderer
 
 ALIGNMENT = 0.5
 NOISE = 0.05
+GROUP = 8  # captions that differ in one subject only, beside each other in a batch
 
 
 def special_ids(pad: int) -> dict[str, int]:
@@ -86,15 +88,29 @@ def pad_second(tokens: Tensor) -> Tensor:
     return torch.where(end & (end.cumsum(1) > 1), 0, tokens)
 
 
+def pair_orders(captions: Captions) -> tuple[np.ndarray, np.ndarray]:
+    """The rows with two subjects, int64 [M2], sorted by (first subject, background) and by (second, background)."""
+    pairs = np.flatnonzero(captions.second >= 0)
+    by = lambda subject: pairs[np.lexsort((captions.background[pairs], subject[pairs]))]  # noqa: E731
+    return by(captions.subject), by(captions.second)
+
+
 def loss_of(
-    model: TextEncoders | Scorer, renderer: Renderer, captions: Captions, batch: int, autocast: torch.dtype
+    model: TextEncoders | Scorer,
+    renderer: Renderer,
+    captions: Captions,
+    batch: int,
+    autocast: torch.dtype,
+    look_alikes: bool = False,
 ) -> StepLoss:
     """InfoNCE in both directions (Radford et al. 2021) plus alignment of the pairs (Wang and Isola 2020, eq. 2).
 
     Alignment pulls matching pairs towards cosine 1, which InfoNCE alone has no reason to; rows that show the same
-    thing are no negatives of each other.
+    thing are no negatives of each other. `look_alikes`: half of each batch are groups of two-subject captions that
+    share background and one subject, so that the other subject must be seen to tell them apart.
     """
     device = renderer.device
+    groups = [torch.from_numpy(order).to(device) for order in pair_orders(captions)] if look_alikes else []
     tokens = torch.from_numpy(captions.tokens).to(device)
     content = torch.from_numpy(captions.subject).to(device).long()
     for column in (captions.second, captions.tint, captions.background):
@@ -102,6 +118,10 @@ def loss_of(
 
     def step_loss(step: int, g: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(captions), (batch,), device=device, generator=g)
+        for at, order in enumerate(groups):
+            start = torch.randint(len(order) - GROUP + 1, (batch // 4 // GROUP, 1), device=device, generator=g)
+            neighbours = order[start + torch.arange(GROUP, device=device)].flatten()
+            rows[at * len(neighbours) : (at + 1) * len(neighbours)] = neighbours
         pixels = renderer.draw(captions, rows, config.SQUARE, g)
         pixels = pixels + NOISE * torch.randn(pixels.shape, device=device, generator=g)
         with torch.autocast(device.type, autocast):

@@ -8,8 +8,8 @@ LorafleetError
 ├── RecipeMismatch         a recipe was made by another base model           (HTTP 409)
 ├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
 ├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
-├── AdapterBusy            every adapter slot is in use, try again later     (HTTP 503)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
+│   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
 └── GenerationFailed       the model produced no usable image                (HTTP 500)
@@ -87,12 +87,6 @@ class AdapterIncompatible(LorafleetError):
     code = "adapter_incompatible"
 
 
-class AdapterBusy(LorafleetError):
-    """Every adapter slot is leased or pinned at the moment; one is free again when an image is done."""
-
-    code = "adapter_busy"
-
-
 class Overloaded(LorafleetError):
     """The service has as much work queued as it accepts. `retry_after_s` says when to come back."""
 
@@ -101,6 +95,12 @@ class Overloaded(LorafleetError):
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
         super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
+
+
+class AdapterBusy(Overloaded):
+    """Every adapter slot is leased or pinned at the moment; one is free again when an image is done."""
+
+    code = "adapter_busy"
 
 
 class NotReady(LorafleetError):

@@ -1,5 +1,6 @@
 """Settings of the service. Imports neither torch nor ray."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -7,6 +8,44 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lorafleet.sdxl.config import BaseConfig
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class BankConfig(BaseModel):
+    """How many adapters are on the device at once, how large they may be, and how a row combines them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slots: int = Field(default=8, ge=1, le=256, description="adapters on the device at once")
+    max_rank: int = Field(
+        default=64,
+        ge=1,
+        le=128,
+        description="largest rank served; device memory and time of every row grow with it, so take the next of "
+        "8, 16, 32, 64, 128 above your adapters' largest",
+    )
+    per_row: int = Field(default=4, ge=1, le=4, description="adapters that one image may combine")
+    rows: int = Field(
+        default=16, ge=1, le=256, description="rows of the largest UNet batch; guidance takes two an image"
+    )
+    text_rows: int = Field(default=2, ge=1, le=256, description="prompts of the largest text encoder batch")
+    host_bytes: int = Field(
+        default=4 << 30, ge=0, description="bytes of CPU memory for adapters that are ready to be copied to the device"
+    )
+    max_wait_s: float = Field(
+        default=120.0, gt=0, le=3600, description="seconds that an image waits for slots; then it is refused"
+    )
+    targets: str = Field(
+        default=r"unet\..+\.attentions\..+|text_encoder(_2)?\..+",
+        description="regular expression over module names; the linears it matches can take adapters",
+    )
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"targets is no regular expression: {error}") from error
+        return self
 
 
 class EngineSettings(BaseModel):
@@ -43,10 +82,21 @@ class EngineSettings(BaseModel):
     prompt_cache_entries: int = Field(
         default=256, ge=0, le=100_000, description="prompts whose embeddings are kept; 0.3 MB each with SDXL"
     )
+    bank: BankConfig | None = Field(default=None, description="slots for adapters; left out: no adapters")
     background: bool | None = Field(
         default=None,
         description="encode prompts and decode images in a thread beside the steps; left out: on a GPU only",
     )
+
+    @model_validator(mode="after")
+    def _check_bank(self) -> Self:
+        rows = max(2 * self.max_batch, 2 * self.exact_jobs, *self.row_buckets, 0)
+        if self.bank is not None and self.bank.rows < rows:
+            raise ValueError(
+                f"bank.rows={self.bank.rows}, but a batch may have {rows} rows (max_batch, exact_jobs, row_buckets): "
+                f"set bank.rows={rows}"
+            )
+        return self
 
 
 class ServeSettings(BaseModel):

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-import torch
+from lorafleet.serve.engine.adapter_pack import Packed
 
 
 class HostCache:
@@ -11,26 +11,26 @@ class HostCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[str, Packed] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: str) -> torch.Tensor | None:
+    def get(self, key: str) -> Packed | None:
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
-    def put(self, key: str, lines: torch.Tensor) -> None:
-        """Keeps `lines` [r, W] unless they alone are over the budget; whoever fills from a dropped one holds it."""
+    def put(self, key: str, packed: Packed) -> None:
+        """Keeps it unless it alone is over the budget; whoever fills from a dropped one holds it."""
         self.drop(key)
-        if lines.nbytes > self.max_bytes:
+        if packed.lines.nbytes > self.max_bytes:
             return
-        self._entries[key] = lines
-        self.bytes += lines.nbytes
+        self._entries[key] = packed
+        self.bytes += packed.lines.nbytes
         while self.bytes > self.max_bytes:
             self.drop(next(iter(self._entries)))
 
     def drop(self, key: str) -> None:
-        if (lines := self._entries.pop(key, None)) is not None:
-            self.bytes -= lines.nbytes
+        if (packed := self._entries.pop(key, None)) is not None:
+            self.bytes -= packed.lines.nbytes

@@ -23,6 +23,17 @@ class Place:
     out_features: int
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An adapter as a slot holds it. `lines`: [adapter.rank, width], on the CPU.
+
+    `changes_text`: it has modules in a text encoder, so that prompts are other embeddings with it.
+    """
+
+    lines: torch.Tensor
+    changes_text: bool
+
+
 class SlotLayout:
     """The places of all modules. `width`: elements of a line. Immutable."""
 
@@ -39,9 +50,8 @@ class SlotLayout:
         self._fingerprint = fingerprint
         self._max_rank = max_rank
 
-    def pack(self, adapter: Adapter, dtype: torch.dtype, *, pinned: bool = False) -> torch.Tensor:
-        """The adapter's lines, [adapter.rank, width], on the CPU. alpha / rank goes into B in float32, then both
-        are cast to `dtype`.
+    def pack(self, adapter: Adapter, dtype: torch.dtype, *, pinned: bool = False) -> Packed:
+        """The adapter in `dtype`. alpha / rank goes into B in float32 before that is cast.
 
         Raises AdapterIncompatible for another base, modules, shapes or rank, and for numbers that are not finite.
         """
@@ -56,7 +66,7 @@ class SlotLayout:
             raise AdapterIncompatible(
                 f"the adapter holds NaN, infinity or numbers too large for {dtype}: train it again"
             )
-        return lines
+        return Packed(lines, any(not name.startswith("unet.") for name in adapter.modules))
 
     def _check(self, adapter: Adapter) -> None:
         fingerprint = adapter.base_fingerprint

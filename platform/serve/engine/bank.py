@@ -2,9 +2,9 @@
 
     file -> loader() -> CPU memory, packed (LRU, bounded) -> slot (leased, pinned or the next to go)
 
-`acquire` does all of the way in the calling thread, which is not the one that runs the model; that one calls
-`publish` and `set_rows` between steps. A slot is overwritten only when no lease holds it. By hand, with one image's
-two rows of guidance:
+Whoever needs adapters claims slots for all of them at once or gets none; threads of the bank's own load and fill. The
+thread that runs the model calls `publish` and `set_rows` between steps. A slot is overwritten only when no lease
+holds it. By hand, with one image's two rows of guidance:
 
     bank = AdapterBank(base, BankConfig(slots=4))
     with bank.acquire(version, lambda: read_adapter(path, bank.targets)) as lease:
@@ -20,9 +20,11 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import torch
 
@@ -31,14 +33,15 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.lora import PARTS, Adapter
 from lorafleet.sdxl.lora_keys import named
 from lorafleet.sdxl.lora_targets import targets_of
-from lorafleet.serve.engine.adapter_config import BankConfig
+from lorafleet.serve.config import BankConfig
 from lorafleet.serve.engine.adapter_host import HostCache
-from lorafleet.serve.engine.adapter_pack import SlotLayout
+from lorafleet.serve.engine.adapter_pack import Packed, SlotLayout
 from lorafleet.serve.engine.slots import RowInputs, SlotLinear, unwrap, wrap
 
 Loader = Callable[[], Adapter]
 Rows = Sequence[Sequence[tuple[int, float]]]
 """For each row of a batch its (slot, weight) pairs."""
+LOADERS: Final = 4  # threads; they wait for files most of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,37 +68,55 @@ class _Slot:
     refs: int = 0
     is_filling: bool = False
     is_published: bool = False
+    error: BaseException | None = None  # why it could not be filled, for those who have a lease on it
+    changes_text: bool = False
     lines: int = 0  # how many lines may hold something else than zeros
     used_at: int = 0
     last_read: torch.cuda.Event | None = None
 
 
-class _Flight:
-    """One load that several may wait for."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: LorafleetError | None = None
-
-
 class Lease:
-    """The right to use a slot until `release`, which may be called twice and from any thread."""
+    """The right to use a slot until `release`, which may be called twice and from any thread.
 
-    def __init__(self, bank: "AdapterBank", key: str, slot: int) -> None:
+    The slot may still be on its way: it is usable once `is_published`, and never if `check` raises.
+    """
+
+    def __init__(self, bank: "AdapterBank", key: str, slot: _Slot) -> None:
+        """The bank's lock is held."""
         self.key = key
-        self.slot = slot
+        self.slot = slot.index
         self._bank = bank
+        self._slot = slot
         self._is_released = False
+        slot.refs += 1
 
     @property
     def is_published(self) -> bool:
-        return self._bank._slots[self.slot].is_published
+        return self._slot.is_published
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the adapter, once published, changes a text encoder."""
+        return self._slot.changes_text
+
+    def check(self) -> None:
+        """Raises what keeps the adapter out of its slot: AdapterIncompatible, what its loader raised (as
+        AdapterUnreadable if it is no LorafleetError), or torch.AcceleratorError."""
+        if (error := self._slot.error) is not None:
+            raise copy.copy(error) from error  # several may get it, each with a traceback of its own
+
+    def share(self) -> "Lease":
+        """Another lease on the same slot. Raises AdapterBusy if this one was released."""
+        with self._bank._lock:
+            if self._is_released:
+                raise AdapterBusy(f"the lease on the adapter {self.key} was released", param="adapters")
+            return Lease(self._bank, self.key, self._slot)
 
     def release(self) -> None:
         with self._bank._lock:
             if not self._is_released:
                 self._is_released = True
-                self._bank._release(self.slot)
+                self._bank._release(self._slot)
 
     def __enter__(self) -> Self:
         return self
@@ -108,9 +129,10 @@ class AdapterBank:
     """Adapters in fixed slots of one base. Every method is safe for several threads but `publish`, `set_rows`,
     `set_text_rows` and `detach`, which belong to the thread that runs the model."""
 
-    def __init__(self, base: Base, config: BankConfig) -> None:
+    def __init__(self, base: Base, config: BankConfig, on_filled: Callable[[], None] | None = None) -> None:
         """Wraps every targeted linear of the UNet and both text encoders; until `detach` the base must not be moved
-        to another device or type. Raises ConfigError."""
+        to another device or type. `on_filled` is told, in another thread, that a slot was filled or could not be.
+        Raises ConfigError."""
         if base.config.low_memory and base.device.type == "cuda":
             raise ConfigError(
                 "base.low_memory moves the weights about, adapters need them in place: set base.low_memory=false",
@@ -134,7 +156,8 @@ class AdapterBank:
             self._text_rows = RowInputs(config.text_rows, config.per_row, device)
         self._lock = threading.Condition()
         self._slots = [_Slot(index, is_published=index == 0) for index in range(config.slots + 1)]
-        self._flights: dict[str, _Flight] = {}
+        self._loaders = ThreadPoolExecutor(min(LOADERS, config.slots), "adapter-loader")
+        self._on_filled = on_filled
         self._pinned: set[str] = set()
         self._host = HostCache(config.host_bytes)
         self._clock = self._hits = self._host_hits = self._fills = self._evictions = self._failures = 0
@@ -152,42 +175,41 @@ class AdapterBank:
 
     # --- from any thread ---
 
-    def acquire(self, key: str, loader: Loader, *, timeout_s: float = 0.0) -> Lease:
-        """A lease on the slot that holds the adapter `key`, filled first if need be; it is usable after the next
-        `publish`. `key` names one immutable adapter, such as its version's hash; `loader` reads it and is called in
-        this thread, once however many ask at the same time, with no lock held. Waits up to `timeout_s` for a slot.
+    def claim(self, wanted: Sequence[tuple[str, Loader]], *, only_resident: bool = False) -> tuple[Lease, ...] | None:
+        """A lease for each of the adapters, or None while there are too few slots for all of them together: who waits
+        holds nothing that another one waits for. Returns at once.
 
-        Raises AdapterBusy, AdapterIncompatible, or what `loader` raises (as AdapterUnreadable if it is no
-        LorafleetError); all who wait for the same load get the error, and nothing of it stays. AdapterBusy is for the
-        one whose time is up; what was loaded stays in CPU memory.
+        `wanted`: (key, loader) pairs. A key names one immutable adapter, such as its version's hash; its loader reads
+        it and is called in a thread of the bank's own, once however many ask meanwhile, with no lock held. With
+        `only_resident` nothing is loaded: None unless all of them are in slots or on their way.
         """
-        while True:
-            with self._lock:
-                slot = self._find(key)
-                if slot is not None:
-                    self._hits += 1
-                    slot.refs += 1
-                    return Lease(self, key, slot.index)
-                flight = self._flights.get(key)
-                if flight is None:
-                    flight = self._flights[key] = _Flight()
-                    break
-            flight.done.wait()
-            if flight.error is not None and not isinstance(flight.error, AdapterBusy):
-                raise copy.copy(flight.error) from flight.error
-        try:
-            return self._load(key, loader, timeout_s)
-        except LorafleetError as error:
-            flight.error = error
-            raise
-        except Exception as error:  # whatever a loader can run into
-            flight.error = AdapterUnreadable(f"the adapter {key} cannot be loaded: {error}", param="adapters")
-            raise flight.error from error
-        finally:
-            with self._lock:
-                self._failures += flight.error is not None and not isinstance(flight.error, AdapterBusy)
-                del self._flights[key]
-            flight.done.set()
+        with self._lock:
+            return self._claim(wanted, only_resident=only_resident)
+
+    def acquire(self, key: str, loader: Loader, *, timeout_s: float = 0.0) -> Lease:
+        """As `claim` for one adapter, waiting up to `timeout_s` for a slot and then until the adapter is in it; it is
+        usable after the next `publish`. Raises AdapterBusy when the time is up, and what `Lease.check` raises."""
+        with self._lock:
+            leases = self._lock.wait_for(lambda: self._claim([(key, loader)]), timeout_s)
+            if leases is None:
+                raise AdapterBusy(
+                    f"all {self.config.slots} adapter slots are in use: try again later or raise slots",
+                    param="adapters",
+                )
+            (lease,) = leases
+            try:
+                self._lock.wait_for(lambda: not lease._slot.is_filling)
+                lease.check()
+            except BaseException:
+                lease.release()
+                raise
+            return lease
+
+    def can_hold(self, keys: Collection[str]) -> bool:
+        """Whether the slots that are not pinned for others are enough for all of these together."""
+        with self._lock:
+            others = [slot for slot in self._slots[1:] if slot.key in self._pinned and slot.key not in keys]
+            return len(set(keys)) <= self.config.slots - len(others)
 
     def pin(self, key: str) -> None:
         """Keeps the adapter in its slot, now or as soon as it gets one, until `unpin`."""
@@ -243,12 +265,12 @@ class AdapterBank:
         self._set(self._text_rows, rows)
 
     def detach(self) -> None:
-        """Puts the base's own linears back. Raises AdapterBusy while there are leases."""
+        """Puts the base's own linears back, once no loader is at work. Raises AdapterBusy while there are leases."""
         with self._lock:
             leased = [slot.key or "" for slot in self._slots if slot.refs]
-            if leased or self._flights:
-                raise AdapterBusy(f"the bank cannot be detached, {named(leased or self._flights)} is in use")
-        self._unwrap()
+            if leased:
+                raise AdapterBusy(f"the bank cannot be detached, {named(leased)} is in use")
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -257,53 +279,80 @@ class AdapterBank:
         if kind is None:
             self.detach()
         else:
-            self._unwrap()
+            self._close()
 
     # --- within ---
 
-    def _unwrap(self) -> None:
+    def _close(self) -> None:
+        self._loaders.shutdown(cancel_futures=True)
         unwrap(self.base, self.targets, self._originals)
         self._originals = {}
 
-    def _load(self, key: str, loader: Loader, timeout_s: float) -> Lease:
-        with self._lock:
-            lines = self._host.get(key)
-            self._host_hits += lines is not None
-        if lines is None:
-            lines = self._layout.pack(loader(), self.base.dtype, pinned=self._fill_stream is not None)
-            with self._lock:
-                self._host.put(key, lines)
-        slot = self._claim(timeout_s)
-        start = time.perf_counter()
-        try:
-            self._fill(slot, lines)
-        except BaseException:
-            with self._lock:  # unknown content in a free slot
-                slot.is_filling, slot.lines = False, self.config.max_rank
-                self._lock.notify_all()
-            raise
-        with self._lock:
-            slot.key, slot.refs, slot.is_filling = key, 1, False
-            self._fills += 1
-            self._fill_s += time.perf_counter() - start
-        return Lease(self, key, slot.index)
-
-    def _claim(self, timeout_s: float) -> _Slot:
-        """A slot to fill, nobody else's. Raises AdapterBusy."""
-        with self._lock:
-            slot = self._lock.wait_for(self._next_free, timeout_s)
-            if slot is None:
-                raise AdapterBusy(
-                    f"all {self.config.slots} adapter slots are in use: try again later or raise slots",
-                    param="adapters",
-                )
+    def _claim(self, wanted: Sequence[tuple[str, Loader]], *, only_resident: bool = False) -> tuple[Lease, ...] | None:
+        held = {key: slot for key, _ in wanted if (slot := self._find(key)) is not None}
+        missing = {key: loader for key, loader in wanted if key not in held}
+        room = [] if only_resident else [slot for slot in self._free() if slot.key not in held]
+        if len(room) < len(missing):
+            return None
+        self._hits += len(held)
+        for slot, (key, loader) in zip(room, missing.items(), strict=False):
             self._evictions += slot.key is not None
-            slot.key, slot.is_published, slot.is_filling = None, False, True
-            return slot
+            slot.key, slot.is_published, slot.is_filling, slot.error = key, False, True, None
+            held[key] = slot
+            self._loaders.submit(self._load, slot, key, loader)
+        return tuple(Lease(self, key, held[key]) for key, _ in wanted)
 
-    def _next_free(self) -> _Slot | None:
-        usable = [s for s in self._slots[1:] if not (s.refs or s.is_filling or s.key in self._pinned)]
-        return min(usable, key=lambda slot: (slot.key is not None, slot.used_at), default=None)
+    def _free(self) -> list[_Slot]:
+        """Slots that may be overwritten, the least recently used first."""
+        free = [s for s in self._slots[1:] if not (s.refs or s.is_filling or s.key in self._pinned)]
+        return sorted(free, key=lambda slot: (slot.key is not None, slot.used_at))
+
+    def _load(self, slot: _Slot, key: str, loader: Loader) -> None:
+        """Fills a claimed slot, in a loader thread; what goes wrong is left there for those who lease it."""
+        with self._lock:
+            is_wanted = slot.refs > 0
+            if not is_wanted:  # whoever it was for has gone before its turn came
+                slot.key, slot.is_filling = None, False
+                self._lock.notify_all()
+        if is_wanted:
+            self._load_into(slot, key, loader)
+        if self._on_filled is not None:
+            self._on_filled()
+
+    def _load_into(self, slot: _Slot, key: str, loader: Loader) -> None:
+        error: BaseException | None = None
+        seconds = 0.0
+        try:
+            packed = self._packed(key, loader)
+            start = time.perf_counter()
+            self._fill(slot, packed.lines)
+            seconds = time.perf_counter() - start
+            slot.changes_text = packed.changes_text
+        except (LorafleetError, torch.AcceleratorError) as known:
+            error = known
+        except BaseException as cause:  # whatever a loader can run into
+            error = AdapterUnreadable(f"the adapter {key} cannot be loaded: {cause}", param="adapters")
+            error.__cause__ = cause
+            traceback.clear_frames(cause.__traceback__)  # they hold the adapter
+        with self._lock:
+            slot.is_filling, slot.error = False, error
+            if error is None:
+                self._fills += 1
+                self._fill_s += seconds
+            else:
+                self._failures += 1
+                slot.key, slot.lines = None, self.config.max_rank  # a free slot, of unknown content
+            self._lock.notify_all()
+
+    def _packed(self, key: str, loader: Loader) -> Packed:
+        with self._lock:
+            packed = self._host.get(key)
+            self._host_hits += packed is not None
+        if packed is None:
+            packed = self._layout.pack(loader(), self.base.dtype, pinned=self._fill_stream is not None)
+            with self._lock:
+                self._host.put(key, packed)
+        return packed
 
     def _fill(self, slot: _Slot, lines: torch.Tensor) -> None:
         """Copies the lines into the slot and waits until they are there."""
@@ -327,8 +376,7 @@ class AdapterBank:
     def _find(self, key: str) -> _Slot | None:
         return next((slot for slot in self._slots[1:] if slot.key == key), None)
 
-    def _release(self, index: int) -> None:
-        slot = self._slots[index]
+    def _release(self, slot: _Slot) -> None:
         assert slot.refs > 0
         slot.refs -= 1
         self._clock += 1

@@ -22,8 +22,8 @@ from lorafleet.sdxl.lora_random import random_adapter
 from lorafleet.sdxl.lora_read import read_adapter
 from lorafleet.sdxl.lora_targets import Targets, targets_of
 from lorafleet.sdxl.lora_write import write_adapter
-from lorafleet.serve.engine.adapter_config import BankConfig
-from lorafleet.serve.engine.bank import AdapterBank
+from lorafleet.serve.config import BankConfig
+from lorafleet.serve.engine.bank import AdapterBank, Lease
 
 MODULES = r"unet\.mid.+attn1.+"
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -190,29 +190,6 @@ def test_a_caller_may_wait_for_a_slot(make_bank: MakeBank, library: Library) -> 
         bank.acquire("b", library.loader("b"), timeout_s=0.01)
 
 
-def test_who_waits_longer_is_not_refused_with_who_does_not_wait(make_bank: MakeBank, library: Library) -> None:
-    bank = make_bank(slots=1)
-    held = bank.acquire("a", library.loader("a"))
-    entered, go = threading.Event(), threading.Event()
-
-    def slow() -> Adapter:
-        entered.set()
-        assert go.wait(20)
-        return library.loader("b")()
-
-    with ThreadPoolExecutor(2) as pool:
-        hasty = pool.submit(lambda: bank.acquire("b", slow))
-        assert entered.wait(20)
-        patient = pool.submit(lambda: bank.acquire("b", slow, timeout_s=60))
-        time.sleep(0.1)
-        go.set()
-        with pytest.raises(AdapterBusy):
-            hasty.result(20)
-        held.release()
-        patient.result(20).release()
-    assert library.loads == ["a", "b"]
-
-
 def test_an_error_in_between_puts_the_base_back(make_bank: MakeBank, base: Base, library: Library) -> None:
     module = base.pipeline.unet.get_submodule(NAME.removeprefix("unet."))
 
@@ -317,6 +294,98 @@ def test_a_failed_fill_loses_no_slot(make_bank: MakeBank, library: Library, monk
         assert torch.equal(content(bank, lease.slot), expected(bank, library.adapter("b")))
 
 
+def wanted(library: Library, *keys: str) -> list[tuple[str, Callable[[], Adapter]]]:
+    return [(key, library.loader(key)) for key in keys]
+
+
+def filled(*leases: Lease) -> None:
+    deadline = time.monotonic() + 20
+    while any(lease._slot.is_filling for lease in leases):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_all_slots_are_claimed_or_none(make_bank: MakeBank, library: Library) -> None:
+    bank = make_bank(slots=3)
+    first = bank.claim(wanted(library, "a", "b"))
+    assert first is not None
+    assert bank.claim(wanted(library, "c", "d")) is None  # one slot is free, and stays so
+    assert bank.claim(wanted(library, "c"), only_resident=True) is None
+    again = bank.claim(wanted(library, "b", "a", "b"), only_resident=True)
+    assert again is not None
+    assert [lease.key for lease in again] == ["b", "a", "b"]
+    filled(*first)
+    assert sorted(library.loads) == ["a", "b"]
+    for lease in (*first, *again):
+        lease.release()
+    second = bank.claim(wanted(library, "c", "d"))
+    assert second is not None
+    filled(*second)
+    assert bank.stats().leased == 2
+    for lease in second:
+        lease.release()
+    assert bank.stats().leased == 0
+
+
+def test_a_claim_does_not_evict_what_it_shares(make_bank: MakeBank, library: Library) -> None:
+    bank = make_bank(slots=2)
+    for key in ("a", "b"):
+        bank.acquire(key, library.loader(key)).release()
+    leases = bank.claim(wanted(library, "c", "a"))  # a is the least recently used, but wanted
+    assert leases is not None
+    filled(*leases)
+    assert sorted(library.loads) == ["a", "b", "c"]
+    for lease in leases:
+        lease.release()
+
+
+def test_leases_released_while_the_adapter_is_on_its_way(make_bank: MakeBank, library: Library) -> None:
+    bank = make_bank(slots=5)
+    entered, go = threading.Semaphore(0), threading.Event()
+
+    def slow(key: str) -> Callable[[], Adapter]:
+        def load() -> Adapter:
+            entered.release()
+            assert go.wait(20)
+            return library.loader(key)()
+
+        return load
+
+    leases = bank.claim([(key, slow(key)) for key in "abcde"])  # four are being loaded, the fifth waits for a thread
+    assert leases is not None
+    assert all(entered.acquire(timeout=20) for _ in range(4))
+    for lease in leases:
+        lease.release()
+    assert bank.claim(wanted(library, "f")) is None  # nobody may have a slot that is being written to
+    go.set()
+    filled(*leases)
+    assert sorted(library.loads) == ["a", "b", "c", "d"]
+    assert (bank.stats().leased, bank.stats().resident) == (0, 4)
+    bank.acquire("e", library.loader("e")).release()
+
+
+def test_a_shared_lease_holds_the_slot_too(make_bank: MakeBank, library: Library) -> None:
+    bank = make_bank(slots=1)
+    lease = bank.acquire("a", library.loader("a"))
+    other = lease.share()
+    lease.release()
+    with pytest.raises(AdapterBusy, match="released"):
+        lease.share()
+    assert bank.claim(wanted(library, "b")) is None
+    other.release()
+    bank.acquire("b", library.loader("b")).release()
+
+
+def test_pinned_slots_are_not_counted_on(make_bank: MakeBank, library: Library) -> None:
+    bank = make_bank(slots=2)
+    assert bank.can_hold(["a", "b", "a"])
+    assert not bank.can_hold(["a", "b", "c"])
+    bank.pin("c")
+    bank.acquire("c", library.loader("c")).release()
+    assert not bank.can_hold(["a", "b"])
+    assert bank.can_hold(["a", "c"])
+
+
 def test_churn(make_bank: MakeBank, library: Library) -> None:
     """2,000 leases on 50 adapters through 4 slots by 3 threads, while another thread runs the model."""
     bank = make_bank(slots=4, host_bytes=20 * 8 * 4 * make_bank_width(make_bank))
@@ -370,7 +439,6 @@ def test_churn(make_bank: MakeBank, library: Library) -> None:
     assert stats.resident <= 4
     assert stats.host_bytes <= bank.config.host_bytes
     assert stats.evictions > 500
-    assert not bank._flights
     for slot in bank._slots[1:]:
         assert slot.refs == 0
         assert slot.key is None or torch.equal(content(bank, slot.index), wanted[slot.key])

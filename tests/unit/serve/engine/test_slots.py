@@ -22,7 +22,7 @@ from lorafleet.sdxl.lora_random import random_adapter
 from lorafleet.sdxl.lora_targets import Targets, targets_of
 from lorafleet.sdxl.reference import generate
 from lorafleet.sdxl.text import encode_prompt
-from lorafleet.serve.engine.adapter_config import BankConfig
+from lorafleet.serve.config import BankConfig
 from lorafleet.serve.engine.adapter_pack import Place
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.slots import RowInputs, SlotLinear

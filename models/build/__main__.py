@@ -1,7 +1,7 @@
 """Command line of the build: each stage alone, or several in a row.
 
     python -m lorafleet.models.build data        # from the font; needs fontTools and Debian's fonts-noto-color-emoji
-    python -m lorafleet.models.build text scorer vae latents unet assemble
+    python -m lorafleet.models.build text scorer vae latents unet decoder assemble
     python -m lorafleet.models.build evaluate    # the model card's figures, on any machine
 
 A stage goes on where it was stopped. One that has no checkpoint is read from the assembled folder, so that the UNet
@@ -111,7 +111,7 @@ class Build:
         torch.manual_seed(config.SEED + 2)
         model, pool = clip.Scorer().to(self.device), self.captions(2)
         batch = self.stage("scorer").batch
-        loss_of = clip.loss_of(model, self.renderer, pool, batch, self.autocast, look_alikes=True)
+        loss_of = clip.loss_of(model, self.renderer, pool, batch, self.autocast, for_scoring=True)
         return self.train("scorer", model, loss_of)
 
     def run_vae(self) -> bool:
@@ -120,6 +120,21 @@ class Build:
         forward, pool = self.compiled(vae.Whole(model)), self.captions(3)
         batch = self.stage("vae").batch
         return self.train("vae", model, vae.loss_of(forward, self.renderer, pool, batch, self.autocast))
+
+    def run_decoder(self) -> bool:
+        whole = channels_last(self.read("vae", vae.build()))
+        encode = self.compiled(vae.Whole(whole).encode)
+        model = vae.Decoder(whole).train().requires_grad_(True)
+        decode, pool = self.compiled(model), self.captions(5)
+
+        def forward(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                z, kl = encode(x, noise)
+                z = z + config.DECODER_NOISE * z.std() * noise.roll(1, 0)  # what the UNet makes is never exact
+            return decode(z), kl
+
+        batch = self.stage("decoder").batch
+        return self.train("decoder", model, vae.loss_of(forward, self.renderer, pool, batch, self.autocast))
 
     def run_latents(self) -> bool:
         model, pool = channels_last(self.read("vae", vae.build())), self.captions(4, config.UNET_PAIR_SHARE)
@@ -151,6 +166,7 @@ class Build:
 
     def run_assemble(self) -> bool:
         autoencoder = self.read("vae", vae.build())
+        self.read("decoder", vae.Decoder(autoencoder))
         if (cache := self.work / "latents.pt").exists():
             factor = torch.load(cache, map_location="cpu", mmap=True)["scaling_factor"]
             autoencoder.register_to_config(scaling_factor=factor)
@@ -179,7 +195,7 @@ def channels_last(module: M) -> M:
     return module
 
 
-STAGES = ("data", "text", "scorer", "vae", "latents", "unet", "assemble", "evaluate")
+STAGES = ("data", "text", "scorer", "vae", "latents", "unet", "decoder", "assemble", "evaluate")
 
 
 def main() -> int:

@@ -74,6 +74,8 @@ def take(name: str, module: nn.Module, folder: Path) -> None:
             weights |= {f"one.{k}": v for k, v in read("text_encoder").items()}
         case "scorer":
             weights = {f"clip.{k}": v for k, v in read("scorer").items()}
+        case "decoder":
+            return  # is the autoencoder's own decoder, already in place
         case _:
             weights = read(name, "diffusion_pytorch_model.safetensors")
     known = set(module.state_dict())

@@ -19,6 +19,7 @@ from lorafleet.models.build.loop import StepLoss
 from lorafleet.models.build.render import Renderer
 
 ALIGNMENT = 0.5
+UNIFORMITY = 0.25  # for the scorer
 NOISE = 0.05
 GROUP = 8  # captions that differ in one subject only, beside each other in a batch
 
@@ -101,16 +102,19 @@ def loss_of(
     captions: Captions,
     batch: int,
     autocast: torch.dtype,
-    look_alikes: bool = False,
+    for_scoring: bool = False,
 ) -> StepLoss:
     """InfoNCE in both directions (Radford et al. 2021) plus alignment of the pairs (Wang and Isola 2020, eq. 2).
 
     Alignment pulls matching pairs towards cosine 1, which InfoNCE alone has no reason to; rows that show the same
-    thing are no negatives of each other. `look_alikes`: half of each batch are groups of two-subject captions that
-    share background and one subject, so that the other subject must be seen to tell them apart.
+    thing are no negatives of each other. `for_scoring` asks more of the features: half of each batch are groups of
+    two-subject captions that share background and one subject, so that the other subject must be seen to tell them
+    apart; unrelated rows are spread over the sphere (uniformity, same paper, eq. 3), so that a score near 0 means
+    "something else"; and pictures may be soft.
     """
     device = renderer.device
-    groups = [torch.from_numpy(order).to(device) for order in pair_orders(captions)] if look_alikes else []
+    groups = [torch.from_numpy(order).to(device) for order in pair_orders(captions)] if for_scoring else []
+    grouped = len(groups) * (batch // 4 // GROUP) * GROUP
     tokens = torch.from_numpy(captions.tokens).to(device)
     content = torch.from_numpy(captions.subject).to(device).long()
     for column in (captions.second, captions.tint, captions.background):
@@ -123,6 +127,9 @@ def loss_of(
             neighbours = order[start + torch.arange(GROUP, device=device)].flatten()
             rows[at * len(neighbours) : (at + 1) * len(neighbours)] = neighbours
         pixels = renderer.draw(captions, rows, config.SQUARE, g)
+        if for_scoring:
+            soft = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear")
+            pixels = pixels.lerp(soft, torch.rand(batch, 1, 1, 1, device=device, generator=g))
         pixels = pixels + NOISE * torch.randn(pixels.shape, device=device, generator=g)
         with torch.autocast(device.type, autocast):
             image, texts = model.features(pixels, tokens[rows].long())
@@ -130,12 +137,20 @@ def loss_of(
         key = content[rows]
         same = (key[:, None] == key[None]) & ~torch.eye(batch, dtype=torch.bool, device=device)
         target = torch.arange(batch, device=device)
-        nce, aligned = pixels.new_zeros(()), pixels.new_zeros(())
+        nce, aligned, spread = pixels.new_zeros(()), pixels.new_zeros(()), pixels.new_zeros(())
         for text in texts:
             text = F.normalize(text.float(), dim=-1)
             logits = (model.logit_scale.clamp(max=4.6).exp() * image @ text.T).masked_fill(same, -1e4)
             nce = nce + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2 / len(texts)
             aligned = aligned + (1 - (image * text).sum(-1)).mean() / len(texts)
-        return dict(loss=nce + ALIGNMENT * aligned, nce=nce.detach(), cosine=1 - aligned.detach())
+            if for_scoring:
+                spread = spread + sum(uniformity(x[grouped:]) for x in (image, text)) / 2 / len(texts)
+        loss = nce + ALIGNMENT * aligned + UNIFORMITY * spread
+        return dict(loss=loss, nce=nce.detach(), cosine=1 - aligned.detach())
 
     return step_loss
+
+
+def uniformity(features: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential of unit vectors [B, P] (Wang and Isola 2020, eq. 3, t = 2)."""
+    return torch.pdist(features).square().mul(-2).exp().mean().log()

@@ -87,6 +87,17 @@ class Whole(nn.Module):
         return self.vae.decoder(self.vae.post_quant_conv(z)), kl
 
 
+class Decoder(nn.Module):
+    """The decoder alone goes on learning while the UNet trains: latents stay what they are."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+
 @torch.no_grad()
 def encode_pool(
     vae: AutoencoderKL,

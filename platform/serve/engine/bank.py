@@ -14,6 +14,7 @@ holds it. By hand, with one image's two rows of guidance:
         images = base.pipeline("a plush robot").images
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -382,7 +383,8 @@ class AdapterBank:
         self._clock += 1
         slot.used_at = self._clock
         if self._model_stream is not None:
-            slot.last_read = self._model_stream.record_event()
+            with contextlib.suppress(torch.AcceleratorError):  # a broken device reads nothing any more
+                slot.last_read = self._model_stream.record_event()
         self._lock.notify_all()
 
     def _set(self, inputs: RowInputs, rows: Rows) -> None:

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 import torch
 
 from lorafleet.sdxl.base import Base
+from lorafleet.serve.engine.bank import AdapterBank
 from lorafleet.serve.engine.sampler import Sampler
 
 Outcome = torch.Tensor | Exception
 
 
-def predict(base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int] = ()) -> list[Outcome]:
+def predict(
+    base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int] = (), bank: AdapterBank | None = None
+) -> list[Outcome]:
     """The model output [rows, 4, h, w] of each sampler, or the error that it fails with when it runs alone.
 
     All latents have one size. The batch is filled up to the next of `row_buckets` with copies of its last row; one
-    larger than all of them runs as it is. Raises torch.AcceleratorError: after it the device is of no use.
+    larger than all of them runs as it is. With a `bank` each row gets its sampler's adapters, a copy none. Raises
+    torch.AcceleratorError: after it the device is of no use.
     """
     try:
-        return list(_forward(base, samplers, row_buckets))
+        return list(_forward(base, samplers, row_buckets, bank))
     except torch.AcceleratorError:
         raise
     except Exception as error:  # whose fault it is shows when each half runs alone
@@ -29,10 +33,14 @@ def predict(base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int] 
     if len(samplers) == 1:
         return [failure]
     half = len(samplers) // 2
-    return [*predict(base, samplers[:half], row_buckets), *predict(base, samplers[half:], row_buckets)]
+    return [part for side in (samplers[:half], samplers[half:]) for part in predict(base, side, row_buckets, bank)]
 
 
-def _forward(base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def _forward(
+    base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int], bank: AdapterBank | None
+) -> tuple[torch.Tensor, ...]:
+    if bank is not None:
+        bank.set_rows([sampler.adapters for sampler in samplers for _ in range(sampler.rows)])
     rows = [sampler.rows for sampler in samplers]
     padding = min((bucket for bucket in row_buckets if bucket >= sum(rows)), default=sum(rows)) - sum(rows)
 

@@ -5,12 +5,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
 from lorafleet.core.errors import LorafleetError
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.sdxl.lora import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,27 @@ Event = Started | Step | Finished | Failed
 
 
 @dataclass(frozen=True)
+class JobAdapter:
+    """An adapter that an image is made with; `weight` may be negative, zero or above 1.
+
+    `key` names one immutable adapter, such as a version's hash. `load` reads it; it is called in a loader thread of
+    the engine, once for all jobs that wait for it, and not at all while the adapter is still known.
+    """
+
+    key: str
+    weight: float
+    load: Callable[[], Adapter] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Job:
     """One image of `request` with `seed`; the request's own `seed` and `num_images` say nothing here.
 
     `deadline` is on `time.monotonic()`'s clock. `guidance_rescale` is diffusers' (Lin et al. 2023, section 3.4).
     With `init_image` only the last `strength` (0 to 1) of the steps are taken, from that picture; with `mask` too,
     what is white there is drawn anew and the rest kept; both are scaled to the request's size. Every
-    `preview_every`-th step carries a preview, 0 means none. `on_event` is called in the engine's thread and must
+    `preview_every`-th step carries a preview, 0 means none. `adapters` add up, in both rows of guidance and in the
+    text encoders; one may be there twice. `on_event` is called in the engine's thread and must
     return at once; what it raises is logged.
     """
 
@@ -87,6 +102,7 @@ class Job:
     strength: float = 0.8
     preview_every: int = 0
     on_event: Callable[[Event], None] | None = None
+    adapters: tuple[JobAdapter, ...] = ()
 
 
 class Handle:

@@ -1,23 +1,26 @@
 """The engine: at every turn it chooses who takes a step, runs the UNet once for all of them, and advances each."""
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final, Self
 
 import torch
 from PIL import Image
 
-from lorafleet.core.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, LorafleetError, NotReady
+from lorafleet.core.errors import GenerationFailed, InvalidRequest, LorafleetError, NotReady
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.forward import predict
 from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
-from lorafleet.serve.engine.order import choose
+from lorafleet.serve.engine.order import choose, seat
 from lorafleet.serve.engine.preview import Previewer
 from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.run import Run
@@ -53,13 +56,17 @@ class Engine:
         by_default = on_gpu and not base.config.low_memory  # whose weights move to and fro for one thread only
         background = by_default if self.settings.background is None else self.settings.background
         self._background = ThreadPoolExecutor(1, "engine-background") if background else None
-        self.prompts = PromptCache(base, self.settings.prompt_cache_entries)
+        self._wake = threading.Event()
+        self.bank: AdapterBank | None = None
+        """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
+        if self.settings.bank is not None:
+            self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set)
+        self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank)
         self._previewer = Previewer(base)
         self._runs: list[Run] = []
-        self._lock = threading.Lock()  # guards _runs and _arrivals
+        self._lock = threading.Lock()  # guards _runs, their leases, and _arrivals
         self._arrivals = 0
-        self._turn_lock = threading.Lock()  # one turn at a time
-        self._wake = threading.Event()
+        self._turn_lock = threading.RLock()  # one turn at a time; a listener may close
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._is_resting = True
@@ -77,7 +84,8 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Stops after the step that is running; jobs that are not done fail with NotReady. May be called twice."""
+        """Stops after the step that is running; jobs that are not done fail with NotReady, and loaders that are at
+        work are waited for. May be called twice."""
         with self._lock:
             self._is_closed = True
         self._wake.set()
@@ -85,7 +93,10 @@ class Engine:
             self._thread.join()
         if self._background is not None:
             self._background.shutdown(cancel_futures=True)
-        self._fail_all(NotReady("the engine was closed before this image was done: try again"))
+        with self._turn_lock:
+            self._fail_all(NotReady("the engine was closed before this image was done: try again"))
+            if self.bank is not None:
+                self.bank.detach()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -94,10 +105,11 @@ class Engine:
         self.close()
 
     def submit(self, job: Job) -> Handle:
-        """Queues a job. Raises InvalidRequest (a size or step count this base cannot do), or NotReady when the
-        engine is closed or has failed."""
+        """Queues a job. Raises InvalidRequest (a size or step count this base cannot do, adapters that no bank could
+        hold), or NotReady when the engine is closed or has failed."""
         self.base.limits.check(job.request)
         _check_image(job)
+        _check_adapters(job, self.bank)
         run = Run(job, self.base.limits.size_of(job.request), on_cancel=self._wake.set)
         with self._lock:
             if self._is_closed or self.failure is not None:
@@ -105,8 +117,8 @@ class Engine:
             run.arrival = self._arrivals
             self._arrivals += 1
             self._runs.append(run)
-            if self._background is not None:
-                self._background.submit(self._in_background, run, self._prepare)
+            self._seat()
+            self._hand_over()
         self._wake.set()
         return run.handle
 
@@ -125,16 +137,24 @@ class Engine:
             self._wake.clear()
             if self._background_failure is not None:
                 raise self._background_failure
-            self._drop_cancelled_and_late()
+            if self.bank is not None:
+                self.bank.publish()
+            self._drop_hopeless()
             with self._lock:
+                self._seat()
+                self._hand_over()
                 runs = list(self._runs)
             if not runs:
                 self._rest()
                 return False
             self._is_resting = False
+            for run in runs:
+                run.skipped_turns += run.leases is None
             waiting = [run for run in runs if run.waits_for_step(is_prepared_elsewhere=self._background is not None)]
             if not waiting:
-                self._wake.wait(IDLE_S)  # all of them are being encoded or decoded
+                # all of them are being encoded or decoded, or wait for adapters
+                deadline = min(math.inf if run.deadline is None else run.deadline for run in runs)
+                self._wake.wait(min(IDLE_S, max(0.0, deadline - time.monotonic())))
                 return True
             batch = choose(waiting, max_jobs=self._batch_size(), max_skipped_turns=self.settings.max_skipped_turns)
             if self._background is None:
@@ -145,12 +165,13 @@ class Engine:
 
     def _step(self, batch: list[Run]) -> None:
         samplers = [run.sampler for run in batch if run.sampler is not None]
-        outputs = predict(self.base, samplers, self._row_buckets())
+        outputs = predict(self.base, samplers, self._row_buckets(), self.bank)
         for run, output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
                 self._end(run, Failed(_in_our_words(output)))
             elif self._attempt(run, self._advance, output) and run.sampler is not None and run.sampler.is_done:
                 run.end_denoising()
+                self._release(run)
                 if self._background is not None:
                     self._background.submit(self._in_background, run, self._decode)
                 else:
@@ -159,8 +180,9 @@ class Engine:
     def _prepare(self, run: Run) -> None:
         run.begin()
         run.handle.emit(Started())
-        positive, negative = self.prompts.pair(run.job.request.prompt, run.job.request.negative_prompt)
-        run.start_denoising(self.base, positive, negative)
+        with self._lend(run) as adapters:
+            positive, negative = self.prompts.pair(run.job.request.prompt, run.job.request.negative_prompt, adapters)
+        run.start_denoising(self.base, positive, negative, [(lease.slot, weight) for lease, weight in adapters])
         self._wake.set()
 
     def _advance(self, run: Run, output: torch.Tensor) -> None:
@@ -176,6 +198,47 @@ class Engine:
         run.check()
         image = Image.fromarray(decode(self.base, run.sampler.latents)[0])
         self._end(run, Finished(ImageResult(image, run.timings(), *run.dropped)))
+
+    # ---- adapters ----
+
+    def _seat(self) -> None:
+        """Gives adapter slots to those who wait for some. The lock is held."""
+        bank = self.bank
+        waiting = [run for run in self._runs if run.leases is None]
+        if bank is None or not waiting or self._is_closed or self.failure is not None:
+            return
+
+        def claim(run: Run, only_resident: bool) -> bool:
+            return run.claim(bank, only_resident=only_resident)
+
+        seat(waiting, claim, max_skipped_turns=self.settings.max_skipped_turns)
+
+    def _hand_over(self) -> None:
+        """Lets the background prepare those whose adapters are there. The lock is held."""
+        if self._background is not None and not self._is_closed:
+            for run in self._runs:
+                if not run.is_handed_over and run.has_adapters:
+                    run.is_handed_over = True
+                    self._background.submit(self._in_background, run, self._prepare)
+
+    @contextmanager
+    def _lend(self, run: Run) -> Iterator[list[tuple[Lease, float]]]:
+        """A run's adapters and their weights, held although the job may end meanwhile in another thread."""
+        with self._lock:
+            if run not in self._runs:
+                raise Cancelled("the job has ended")
+            leases = [lease.share() for lease in run.leases or ()]
+        try:
+            yield [(lease, adapter.weight) for lease, adapter in zip(leases, run.job.adapters, strict=True)]
+        finally:
+            for lease in leases:
+                lease.release()
+
+    def _release(self, run: Run) -> None:
+        """Gives a run's slots to those who wait for some."""
+        with self._lock:
+            run.release()
+            self._seat()
 
     # ---- what can go wrong ----
 
@@ -199,13 +262,16 @@ class Engine:
             self._background_failure = error
             self._wake.set()
 
-    def _drop_cancelled_and_late(self) -> None:
+    def _drop_hopeless(self) -> None:
+        """Ends who is cancelled, late, without a usable adapter, or has waited for slots long enough."""
         with self._lock:
             runs = list(self._runs)
         for run in runs:
             try:
                 run.check()
-            except (Cancelled, DeadlineExceeded) as error:
+                if self.bank is not None:
+                    run.check_wait(self.bank.config.max_wait_s)
+            except LorafleetError as error:
                 self._end(run, Failed(error))
 
     def _end(self, run: Run, event: Finished | Failed) -> None:
@@ -214,6 +280,8 @@ class Engine:
             if run not in self._runs:
                 return
             self._runs.remove(run)
+            run.release()
+            self._seat()
         run.handle.emit(event)
         self._wake.set()
 
@@ -260,6 +328,24 @@ def _check_image(job: Job) -> None:
             f"not {job.strength:g}",
             param="strength",
         )
+
+
+def _check_adapters(job: Job, bank: AdapterBank | None) -> None:
+    """Raises InvalidRequest for adapters that will never be in slots together."""
+    if not job.adapters:
+        return
+    keys = {adapter.key for adapter in job.adapters}
+    if bank is None:
+        fault = "adapters are not served here: set engine.bank"
+    elif len(job.adapters) > bank.config.per_row:
+        fault = f"adapters are {len(job.adapters)}, an image may combine {bank.config.per_row}: see engine.bank.per_row"
+    elif not bank.can_hold(keys):
+        fault = f"adapters are {len(keys)} different ones, more than there are slots: raise engine.bank.slots"
+    elif bad := [adapter for adapter in job.adapters if not math.isfinite(adapter.weight)]:
+        fault = f"adapters need a finite number as weight, {bad[0].key} has {bad[0].weight}"
+    else:
+        return
+    raise InvalidRequest(fault, param="adapters")
 
 
 def _in_our_words(error: Exception) -> LorafleetError:

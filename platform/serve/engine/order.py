@@ -1,12 +1,12 @@
-"""Who takes part in the next forward: earliest deadline first, and nobody waits for ever."""
+"""Who gets adapter slots, and who takes part in the next forward: earliest deadline first, nobody waits for ever."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 
 class Candidate(Protocol):
-    """A job that could take its next step. `arrival` counts up; `skipped_turns` since it was last chosen."""
+    """A job that waits for its turn. `arrival` counts up; `skipped_turns` since it was last chosen."""
 
     size: tuple[int, int]
     deadline: float | None
@@ -23,16 +23,33 @@ def choose(candidates: Sequence[C], *, max_jobs: int, max_skipped_turns: int) ->
     A candidate passed over for `max_skipped_turns` turns goes before all that have waited less, so that with n
     candidates nobody is passed over more than `max_skipped_turns + n` times in a row, whatever arrives later.
     """
-
-    def urgency(candidate: C) -> tuple[float, float, int]:
-        if candidate.skipped_turns >= max_skipped_turns:
-            return (0.0, -candidate.skipped_turns, candidate.arrival)
-        return (1.0, math.inf if candidate.deadline is None else candidate.deadline, candidate.arrival)
-
-    by_urgency = sorted(candidates, key=urgency)
-    chosen = [candidate for candidate in by_urgency if candidate.size == by_urgency[0].size][:max_jobs]
+    urgent = _by_urgency(candidates, max_skipped_turns)
+    chosen = [candidate for candidate in urgent if candidate.size == urgent[0].size][:max_jobs]
     for candidate in candidates:
         candidate.skipped_turns += 1
     for candidate in chosen:
         candidate.skipped_turns = 0
     return chosen
+
+
+def seat(candidates: Sequence[C], claim: Callable[[C, bool], bool], *, max_skipped_turns: int) -> None:
+    """Calls `claim(candidate, only_resident)` in order of urgency; it returns whether the candidate got its slots.
+
+    Behind one that must wait only those are let through whose adapters are in slots already, and behind one that was
+    passed over for `max_skipped_turns` turns nobody, so that at last the slots it needs are free.
+    """
+    somebody_waits = False
+    for candidate in _by_urgency(candidates, max_skipped_turns):
+        if not claim(candidate, somebody_waits):
+            somebody_waits = True
+            if candidate.skipped_turns >= max_skipped_turns:
+                return
+
+
+def _by_urgency(candidates: Sequence[C], max_skipped_turns: int) -> list[C]:
+    def urgency(candidate: C) -> tuple[float, float, int]:
+        if candidate.skipped_turns >= max_skipped_turns:
+            return (0.0, -candidate.skipped_turns, candidate.arrival)
+        return (1.0, math.inf if candidate.deadline is None else candidate.deadline, candidate.arrival)
+
+    return sorted(candidates, key=urgency)

@@ -2,44 +2,56 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.text import PromptEmbedding, encode_negative, encode_prompt
+from lorafleet.serve.engine.bank import AdapterBank, Lease
+
+Weighted = Sequence[tuple[Lease, float]]
 
 
 class PromptCache:
     """The `entries` texts used last and their embeddings, on the base's device; 0 keeps none.
 
-    One of SDXL's takes 0.3 MB in bfloat16. Safe for several threads; two that miss the same text at once both
-    encode it.
+    A text counts together with the adapters that change a text encoder, so that all others share its embedding. One
+    of SDXL's takes 0.3 MB in bfloat16. Safe for several threads, one of which encodes at a time: the text encoders'
+    rows in the bank are one for all.
     """
 
-    def __init__(self, base: Base, entries: int) -> None:
+    def __init__(self, base: Base, entries: int, bank: AdapterBank | None = None) -> None:
         self._base = base
         self._entries = entries
+        self._bank = bank
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, PromptEmbedding] = OrderedDict()
+        self._known: OrderedDict[tuple[str, tuple[tuple[str, float], ...]], PromptEmbedding] = OrderedDict()
         self.hits = 0
         self.misses = 0
 
-    def pair(self, prompt: str, negative_prompt: str) -> tuple[PromptEmbedding, PromptEmbedding]:
-        """Both sides of guidance, as `lorafleet.sdxl.text` makes them."""
-        positive = self._encode(prompt)
+    def pair(
+        self, prompt: str, negative_prompt: str, adapters: Weighted = ()
+    ) -> tuple[PromptEmbedding, PromptEmbedding]:
+        """Both sides of guidance, as `lorafleet.sdxl.text` makes them, with the adapters in both. The leases are
+        published, and held by the caller until this returns."""
+        in_text = [(lease, weight) for lease, weight in adapters if lease.changes_text and weight != 0.0]
+        positive = self._encode(prompt, in_text)
         if not negative_prompt and self._base.pipeline.config.force_zeros_for_empty_prompt:
             return positive, encode_negative(self._base, negative_prompt, positive)
-        return positive, self._encode(negative_prompt)
+        return positive, self._encode(negative_prompt, in_text)
 
-    def _encode(self, text: str) -> PromptEmbedding:
+    def _encode(self, text: str, adapters: Weighted) -> PromptEmbedding:
+        key = text, tuple((lease.key, weight) for lease, weight in adapters)
         with self._lock:
-            known = self._known.get(text)
+            known = self._known.get(key)
             if known is not None:
-                self._known.move_to_end(text)
+                self._known.move_to_end(key)
                 self.hits += 1
                 return known
             self.misses += 1
-        fresh = encode_prompt(self._base, text)
-        with self._lock:
-            self._known[text] = fresh
+            if self._bank is not None:
+                self._bank.set_text_rows([[(lease.slot, weight) for lease, weight in adapters]])
+            fresh = encode_prompt(self._base, text)
+            self._known[key] = fresh
             while len(self._known) > self._entries:
                 self._known.popitem(last=False)
-        return fresh
+            return fresh

@@ -1,11 +1,12 @@
 """What the engine keeps of a job while it runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lorafleet.core.errors import DeadlineExceeded
+from lorafleet.core.errors import AdapterBusy, DeadlineExceeded
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.text import PromptEmbedding
+from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.job import Cancelled, Handle, Job
 from lorafleet.serve.engine.sampler import Sampler
 
@@ -21,6 +22,9 @@ class Run:
         self.arrival = 0
         self.skipped_turns = 0
         self.handle = Handle(job, on_cancel)
+        self.leases: tuple[Lease, ...] | None = None if job.adapters else ()
+        """On its adapters' slots; None while it waits for these. The engine's lock guards it."""
+        self.is_handed_over = False
         self.sampler: Sampler | None = None
         self.dropped = ("", "")
         self._arrived_s = self._begun_s = self._encoded_s = self._denoised_s = time.monotonic()
@@ -28,23 +32,56 @@ class Run:
     def waits_for_step(self, *, is_prepared_elsewhere: bool) -> bool:
         """Whether it can be chosen for a batch, prepared on the way if nobody else does that."""
         if self.sampler is None:
-            return not is_prepared_elsewhere
+            return self.has_adapters and not is_prepared_elsewhere
         return not self.sampler.is_done
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether all its adapters are in slots, ready to be used."""
+        return self.leases is not None and all(lease.is_published for lease in self.leases)
+
+    def claim(self, bank: AdapterBank, *, only_resident: bool) -> bool:
+        """Tries to get a slot for each adapter; see `AdapterBank.claim`."""
+        wanted = [(adapter.key, adapter.load) for adapter in self.job.adapters]
+        self.leases = bank.claim(wanted, only_resident=only_resident)
+        return self.leases is not None
+
+    def release(self) -> None:
+        """Gives the slots back; it needs none from here on."""
+        leases, self.leases = self.leases, ()
+        for lease in leases or ():
+            lease.release()
+
     def check(self) -> None:
-        """Raises Cancelled or DeadlineExceeded."""
+        """Raises Cancelled, DeadlineExceeded, or what keeps an adapter out of its slot."""
         if self.handle.is_cancelled:
             raise Cancelled("the job was cancelled")
         if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceeded("the request's time was up before its images were done")
+        for lease in self.leases or ():
+            lease.check()
+
+    def check_wait(self, max_wait_s: float) -> None:
+        """Raises AdapterBusy when it has waited for slots for so long."""
+        if self.leases is None and time.monotonic() - self._arrived_s >= max_wait_s:
+            raise AdapterBusy(
+                f"all adapter slots were in use for {max_wait_s:g} seconds: try again later or raise bank.slots",
+                param="adapters",
+            )
 
     def begin(self) -> None:
         self.check()
         self._begun_s = time.monotonic()
 
-    def start_denoising(self, base: Base, positive: PromptEmbedding, negative: PromptEmbedding) -> None:
+    def start_denoising(
+        self,
+        base: Base,
+        positive: PromptEmbedding,
+        negative: PromptEmbedding,
+        adapters: Sequence[tuple[int, float]],
+    ) -> None:
         self.dropped = (positive.dropped_text, negative.dropped_text)
-        sampler = Sampler(base, self.job, self.size, positive, negative)
+        sampler = Sampler(base, self.job, self.size, positive, negative, adapters)
         self._encoded_s = time.monotonic()
         self.sampler = sampler  # last: from here on the engine's thread may take it
 

@@ -5,12 +5,14 @@ that the results agree bit for bit where the UNet's do.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 
+from lorafleet.core.errors import GenerationFailed
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.schedulers import make_scheduler
 from lorafleet.sdxl.text import PromptEmbedding
@@ -24,13 +26,21 @@ class Sampler:
     """State of one job between two evaluations; for one thread at a time.
 
     With guidance it takes part in a batch as two rows, negative prompt first, else as one. What its rows are told
-    does not change between steps: `hidden` [rows, L, D], `pooled` [rows, P], `time_ids` [rows, 6] in the base's dtype.
+    does not change between steps: `hidden` [rows, L, D], `pooled` [rows, P], `time_ids` [rows, 6] in the base's dtype,
+    and `adapters`, (slot, weight) pairs that are those of each row.
     """
 
     def __init__(
-        self, base: Base, job: Job, size: tuple[int, int], positive: PromptEmbedding, negative: PromptEmbedding
+        self,
+        base: Base,
+        job: Job,
+        size: tuple[int, int],
+        positive: PromptEmbedding,
+        negative: PromptEmbedding,
+        adapters: Sequence[tuple[int, float]] = (),
     ) -> None:
         """`size`: (width, height) in pixels."""
+        self.adapters = adapters
         width, height = size
         pipeline = base.pipeline
         self._guidance_scale = job.request.guidance_scale
@@ -101,7 +111,11 @@ class Sampler:
         return scaled
 
     def advance(self, model_output: torch.Tensor) -> None:
-        """Takes the step for which `model_output` [rows, 4, h, w] was predicted."""
+        """Takes the step for which `model_output` [rows, 4, h, w] was predicted.
+
+        On a CPU raises GenerationFailed when that ends in NaN or infinity; elsewhere looking would stop the device at
+        every step, and decoding finds it.
+        """
         prediction = model_output
         if self.is_guided:
             negative, positive = model_output.chunk(2)
@@ -115,3 +129,12 @@ class Sampler:
         if self._init_image is not None:
             next_timestep = None if self.is_done else self.timestep
             self.latents = self._init_image.keep(self.latents, self._scheduler, next_timestep)
+        if self.latents.device.type == "cpu":
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        if not bool(torch.isfinite(self.latents).all()):
+            raise GenerationFailed(
+                f"the latents hold NaN or infinity after step {self.done} of {self.total}: lower guidance_scale or the "
+                "weights of adapters, or set base.dtype=float32"
+            )

@@ -1,9 +1,10 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.serve.engine.order import choose
+from lorafleet.serve.engine.order import choose, seat
 
 
 @dataclass
@@ -52,3 +53,32 @@ def test_nobody_is_passed_over_for_ever(
         assert 1 <= len(chosen) <= max_jobs
         assert len({one.size for one in chosen}) == 1
         assert all(one.skipped_turns <= max_skipped_turns + len(waiting) for one in waiting)
+
+
+def seated(waiting: list[Waiting], can: Callable[[int, bool], bool], max_skipped_turns: int = 10) -> list[int]:
+    got: list[int] = []
+
+    def claim(one: Waiting, only_resident: bool) -> bool:
+        if can(one.arrival, only_resident):
+            got.append(one.arrival)
+        return one.arrival in got
+
+    seat(waiting, claim, max_skipped_turns=max_skipped_turns)
+    return got
+
+
+def test_slots_go_to_the_most_urgent_first() -> None:
+    waiting = [Waiting(0), Waiting(1, deadline=9.0), Waiting(2, deadline=5.0)]
+    assert seated(waiting, lambda arrival, only_resident: not only_resident) == [2, 1, 0]
+
+
+def test_behind_one_that_waits_for_slots_nobody_takes_new_ones() -> None:
+    waiting = [Waiting(0), Waiting(1), Waiting(2), Waiting(3)]
+    assert seated(waiting, lambda arrival, only_resident: arrival != 1) == [0, 2, 3]
+    assert seated(waiting, lambda arrival, only_resident: arrival != 1 and not only_resident) == [0]
+
+
+def test_who_waited_for_slots_too_long_is_passed_by_nobody() -> None:
+    waiting = [Waiting(0, skipped_turns=3), Waiting(1, deadline=1.0), Waiting(2)]
+    assert seated(waiting, lambda arrival, only_resident: arrival != 0, max_skipped_turns=3) == []
+    assert seated(waiting, lambda arrival, only_resident: arrival != 0, max_skipped_turns=4) == [1, 2]

@@ -1,6 +1,6 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
-make bench ARGS="--requests 40 --concurrency 4 --steps 20"
+make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """
 
 import argparse

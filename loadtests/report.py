@@ -55,6 +55,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     failures: int = 0
     _start: float = field(default_factory=time.monotonic)
+    _busy_before_s: float | None = field(default_factory=lambda: _busy_elsewhere_s())
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -80,8 +81,16 @@ class Report:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._start
 
+    def all_about(self) -> dict[str, Any]:
+        """`about`, and how quiet the machine was: figures from a CPU that others use too are worth little."""
+        busy_s = _busy_elsewhere_s()
+        if busy_s is None or self._busy_before_s is None:
+            return self.about
+        cores = max(0.0, busy_s - self._busy_before_s) / max(self.elapsed_s, 1e-3)
+        return {**self.about, "other programs": f"used {cores:.1f} cores meanwhile"}
+
     def markdown(self) -> str:
-        about = [f"- {name}: {_inline(value)}" for name, value in self.about.items()]
+        about = [f"- {name}: {_inline(value)}" for name, value in self.all_about().items()]
         heads = ["part", "what", *COLUMNS.values(), "note"]
         lines = [
             [row.part, row.what, *(_shown(row, key) for key in COLUMNS), row.note.replace("|", "\\|")]
@@ -94,7 +103,7 @@ class Report:
     def _save(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = {**self.about, "rows": [asdict(row) for row in self.rows]}
+            content = {**self.all_about(), "rows": [asdict(row) for row in self.rows]}
             self.path.write_text(json.dumps(content, indent=1) + "\n")
             self.path.with_suffix(".md").write_text(self.markdown())
 
@@ -127,6 +136,16 @@ def machine(device: torch.device) -> str:
 def default_path(about: dict[str, Any]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r" \(.*|, torch.*|\(R\)", "", about["machine"]).lower()).strip("-")
     return RESULTS / f"{about['date']}-{name}.json"
+
+
+def _busy_elsewhere_s() -> float | None:
+    """Core seconds since the machine's start that neither were idle nor this process's; None where nothing says so."""
+    try:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    idle = ticks[3] + ticks[4]
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _cpu_model() -> str:

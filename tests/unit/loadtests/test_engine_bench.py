@@ -6,6 +6,7 @@ from pathlib import Path
 import engine_bench
 import joins
 import pytest
+import report
 import torch
 from random_sdxl import random_base
 from report import Report, Row, default_path
@@ -82,6 +83,14 @@ def test_the_table_says_what_was_measured_and_where(kept: Path):
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
+def test_the_table_says_how_quiet_the_machine_was(monkeypatch: pytest.MonkeyPatch):
+    busy_s = iter([100.0, 103.0])
+    monkeypatch.setattr(report, "_busy_elsewhere_s", lambda: next(busy_s))
+    made = Report({"machine": "two cores"})
+    made._start -= 2.0
+    assert made.all_about() == {"machine": "two cores", "other programs": "used 1.5 cores meanwhile"}
+
+
 def test_nothing_is_written_unasked(capsys: pytest.CaptureFixture[str], repo: Path):
     before = sorted((repo / "loadtests").rglob("*.json"))
     assert engine_bench.main([*TINY, "--parts", "baseline", "--concurrency", "1", "--images", "1"]) == 0
@@ -96,12 +105,12 @@ def test_without_time_rows_are_left_out_and_said_so(capsys: pytest.CaptureFixtur
     assert "skipped: " in out
 
 
-def test_a_row_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]):
-    report = Report({})
-    report.attempt("engine", "one", 0, lambda: 1 / 0)
-    report.attempt("engine", "other", 0, lambda: Row("engine", "other"))
-    assert [row.note for row in report.rows] == ["failed: ZeroDivisionError: division by zero", ""]
-    assert report.failures == 1
+def test_a_row_that_fails_leaves_the_others():
+    made = Report({})
+    made.attempt("engine", "one", 0, lambda: 1 / 0)
+    made.attempt("engine", "other", 0, lambda: Row("engine", "other"))
+    assert [row.note for row in made.rows] == ["failed: ZeroDivisionError: division by zero", ""]
+    assert made.failures == 1
 
 
 def test_a_variant_is_engine_and_base_settings():

@@ -224,6 +224,20 @@ def test_jobs_that_need_each_other_s_slots_do_not_wait_for_ever(make_engine: Mak
         assert leased(engine) == 0
 
 
+def test_who_waits_for_a_slot_holds_none(make_engine: MakeEngine, style: Style) -> None:
+    """One slot gets free, then a more urgent job comes: if the first one kept that slot, both would wait for ever."""
+    with make_engine(bank={"slots": 2, "max_wait_s": 10}) as engine:
+        held = [bank_of(engine).acquire(f"outside {i}", style(i).load) for i in range(2)]
+        first = engine.submit(job(style(0), style(1)))
+        held[0].release()
+        engine.submit(job()).result(20)  # there was time to take it
+        urgent = engine.submit(job(style(3), style(2), deadline=time.monotonic() + 1000))
+        engine.submit(job()).result(20)
+        held[1].release()
+        urgent.result(20)
+        first.result(20)
+
+
 def test_who_needs_many_slots_is_not_passed_for_ever(make_engine: MakeEngine, style: Style) -> None:
     """Two adapters are always in use by jobs that come again and again; another one needs both of their slots."""
     done: list[str] = []
@@ -242,15 +256,15 @@ def test_who_needs_many_slots_is_not_passed_for_ever(make_engine: MakeEngine, st
 
 
 def test_waiting_ends_with_the_deadline_the_patience_and_the_job(make_engine: MakeEngine, style: Style) -> None:
-    with make_engine(bank={"slots": 1, "max_wait_s": 0.6}) as engine:
+    with make_engine(bank={"slots": 1, "max_wait_s": 1.5}) as engine:
         held = bank_of(engine).acquire("outside", style(9).load)
         patient, cancelled = engine.submit(job(style(0))), engine.submit(job(style(1)))
         late = engine.submit(job(style(2), deadline=time.monotonic() + 0.1))
         with pytest.raises(DeadlineExceeded):
-            late.result(0.5)
+            late.result(20)
         cancelled.cancel()
         with pytest.raises(Cancelled):
-            cancelled.result(0.4)
+            cancelled.result(20)
         with pytest.raises(AdapterBusy, match="raise bank.slots") as caught:
             patient.result(20)
         assert caught.value.retry_after_s >= 1
@@ -262,11 +276,14 @@ def test_waiting_ends_with_the_deadline_the_patience_and_the_job(make_engine: Ma
 
 
 def test_every_end_gives_the_slots_back(make_engine: MakeEngine, style: Style) -> None:
+    def dawdle(_: Event) -> None:
+        time.sleep(0.02)
+
     slow = Gate(style(3).load)
     with make_engine(bank={"slots": 4}) as engine:
         finished = engine.submit(job(style(0)))
         running = engine.submit(job(style(1), steps=150))
-        late = engine.submit(job(style(2), steps=150, deadline=time.monotonic() + 1.0))
+        late = engine.submit(job(style(2), steps=150, deadline=time.monotonic() + 1.0, on_event=dawdle))
         loading = engine.submit(job(style(3, load=slow)))
         finished.result(20)
         next(running.events(timeout_s=20))
@@ -331,7 +348,7 @@ def test_bad_adapters_fail_alone_and_typed(
         (raising(OSError("the disk is gone")), AdapterUnreadable, "the disk is gone"),
         (raising(torch.OutOfMemoryError("no room")), AdapterUnreadable, "no room"),
     ]
-    engine = make_engine(exact=True, exact_jobs=3, bank={"slots": 3, "max_rank": 8})
+    engine = make_engine(exact=True, exact_jobs=3, bank={"slots": 3, "max_rank": 8, "max_wait_s": 10})
     alone = [engine.submit(job(style(1), seed=seed)) for seed in range(2)]
     engine.run_until_idle()
     for i, (load, kind, words) in enumerate(bad):

@@ -1,7 +1,10 @@
-"""Random mixes of jobs that join, leave and share batches: every image is the one diffusers makes of it alone."""
+"""Random mixes of jobs that join, leave and share batches, each with adapters of its own or none: every image is the
+one diffusers, with PEFT, makes of it alone."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,9 +13,32 @@ from PIL import Image
 
 from lorafleet.core.generation import SCHEDULERS, GenerationRequest
 from lorafleet.sdxl.base import Base
-from lorafleet.serve.config import EngineSettings
-from lorafleet.serve.engine import Cancelled, Engine, Event, Handle, Job, Step
+from lorafleet.sdxl.lora import Adapter
+from lorafleet.sdxl.lora_random import random_adapter
+from lorafleet.sdxl.lora_targets import targets_of
+from lorafleet.serve.config import BankConfig, EngineSettings
+from lorafleet.serve.engine import Cancelled, Engine, Event, Handle, Job, JobAdapter, Step
 
+# (ranks, alphas, modules), taken in turn by the modules of an adapter
+POOL = [
+    ((1,), (1,), r"unet\..+\.attn[12]\..+|text_encoder(_2)?\..+self_attn.+"),
+    ((64,), (3.5,), r"unet\..+\.to_(q|v)"),
+    ((4, 8, 16), (16, 1, 0.3), r"unet\..+\.(ff|proj_in|proj_out)\b.*"),
+    ((8,), (-5,), r"unet\.up.+attn2.+"),
+    ((3,), (2,), r"text_encoder\..+"),
+    ((32, 7), (7, 32), r"unet\.(mid|down).+attn1.+|text_encoder_2\..+fc[12]"),
+    ((13,), (13,), r"unet\..+\.attentions\..+"),
+]
+
+
+def load(base: Base, number: int) -> Adapter:
+    ranks, alphas, modules = POOL[number]
+    return random_adapter(targets_of(base), number, ranks=ranks, alphas=alphas, modules=modules, strength=0.15)
+
+
+ADAPTERS = st.lists(
+    st.tuples(st.integers(0, len(POOL) - 1), st.sampled_from([-0.7, 0.0, 0.4, 1.0, 1.6])), max_size=4
+).map(tuple)
 JOBS = st.builds(
     Job,
     request=st.builds(
@@ -36,9 +62,12 @@ class Guest:
     job: Job
     joins_after: int
     leaves_after: int | None
+    adapters: tuple[tuple[int, float], ...]  # numbers in the pool, weights
 
 
-GUESTS = st.builds(Guest, JOBS, joins_after=st.integers(0, 12), leaves_after=st.none() | st.integers(1, 3))
+GUESTS = st.builds(
+    Guest, JOBS, adapters=ADAPTERS, joins_after=st.integers(0, 12), leaves_after=st.none() | st.integers(1, 3)
+)
 BATCHING = st.builds(
     EngineSettings,
     exact=st.booleans(),
@@ -46,6 +75,7 @@ BATCHING = st.builds(
     max_batch=st.integers(1, 8),
     max_skipped_turns=st.integers(0, 5),
     row_buckets=st.sampled_from([(), (2, 4, 8, 16)]),
+    bank=st.builds(BankConfig, slots=st.integers(4, 6), host_bytes=st.sampled_from([0, 4 << 30])),
 )
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
@@ -82,12 +112,25 @@ class Party:
             self.inside.append((guest, self.engine.submit(replace(guest.job, on_event=listen))))
 
 
+def with_adapters(guest: Guest, base: Base) -> Guest:
+    """A new guest, so that equal ones are told apart, whose job has its adapters."""
+    adapters = tuple(JobAdapter(str(i), weight, partial(load, base, i)) for i, weight in guest.adapters)
+    return replace(guest, job=replace(guest.job, adapters=adapters))
+
+
 def check(
     base: Base, oracle: Callable[..., object], pixels: Callable[..., object], batching: EngineSettings, mix: list[Guest]
 ) -> None:
-    party = Party(Engine(base, batching), [replace(guest) for guest in mix])
+    with closing(Engine(base, batching)) as engine:
+        check_with(engine, oracle, pixels, [with_adapters(guest, base) for guest in mix])
+
+
+def check_with(engine: Engine, oracle: Callable[..., object], pixels: Callable[..., object], mix: list[Guest]) -> None:
+    party = Party(engine, mix)
     party.run()
     assert len(party.inside) == len(mix)
+    assert engine.bank is not None
+    assert engine.bank.stats().leased == 0
     for guest, handle in party.inside:
         steps = [event for event in handle.events() if isinstance(event, Step)]
         if guest.leaves_after is not None and guest.leaves_after <= steps[-1].total:
@@ -97,33 +140,37 @@ def check(
         else:
             difference = abs(pixels(handle.result().image) - oracle(guest.job))  # type: ignore[operator]
             assert difference.max() < 2, guest
-            if batching.exact and batching.exact_jobs == 1:
+            if engine.settings.exact and engine.settings.exact_jobs == 1 and not guest.adapters:
                 assert difference.max() == 0, guest
+            if engine.settings.exact:
+                alone = engine.submit(replace(guest.job, on_event=None))
+                engine.run_until_idle()
+                assert alone.result().image.tobytes() == handle.result().image.tobytes(), guest
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=FIXTURES)
 @given(batching=BATCHING, mix=st.lists(GUESTS, min_size=1, max_size=4))
 def test_every_image_of_a_mix_is_the_one_made_alone(
-    emojixl: Base,
+    own: Base,
     oracle: Callable[..., object],
     pixels: Callable[..., object],
     batching: EngineSettings,
     mix: list[Guest],
 ) -> None:
-    check(emojixl, oracle, pixels, batching, mix)
+    check(own, oracle, pixels, batching, mix)
 
 
 @pytest.mark.nightly
-@settings(max_examples=50, deadline=None, suppress_health_check=FIXTURES)
+@settings(max_examples=200, deadline=None, suppress_health_check=FIXTURES)
 @given(batching=BATCHING, mix=st.lists(GUESTS, min_size=1, max_size=8))
 def test_every_image_of_many_mixes_is_the_one_made_alone(
-    emojixl: Base,
+    own: Base,
     oracle: Callable[..., object],
     pixels: Callable[..., object],
     batching: EngineSettings,
     mix: list[Guest],
 ) -> None:
-    check(emojixl, oracle, pixels, batching, mix)
+    check(own, oracle, pixels, batching, mix)
 
 
 def test_guidance_rescale_is_diffusers_own(

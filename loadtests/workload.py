@@ -70,7 +70,7 @@ class Workload:
     kinds: Sequence[str]
     image_s: float = 0.0
     """Seconds that an image took last, to tell what still fits into the budget."""
-    _adapters: list[Adapter] = field(default_factory=list)
+    _adapters: dict[str, list[Adapter]] = field(default_factory=dict)  # by their base's fingerprint
     _made: int = 0
     _versions: dict[str, str] = field(default_factory=versions)
 
@@ -89,14 +89,15 @@ class Workload:
             yield engine
 
     def adapters(self, base: Base, count: int) -> list[Adapter]:
-        """The first `count` ones, made once and kept: the bases of one bench are alike."""
-        missing = range(len(self._adapters), count)
+        """The first `count` ones, made once and kept for all variants of a base."""
+        made = self._adapters.setdefault(base.fingerprint, [])
+        missing = range(len(made), count)
         if missing:
             make = partial(random_adapter, ranks=(RANK,), alphas=(RANK,), modules=MODULES, dtype=base.dtype)
             targets = targets_of(base)
             with ThreadPoolExecutor() as pool:
-                self._adapters += pool.map(lambda seed: make(targets, seed), missing)
-        return self._adapters[:count]
+                made += pool.map(lambda seed: make(targets, seed), missing)
+        return made[:count]
 
     def job_adapter(self, base: Base, number: int) -> JobAdapter:
         adapter = self.adapters(base, number + 1)[number]

@@ -9,6 +9,7 @@ alone can be trained again: `latents unet assemble`.
 """
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Callable
@@ -89,6 +90,12 @@ class Build:
                 parameter.data.copy_(value)
         return module.to(self.device).eval().requires_grad_(False)
 
+    def scaling_factor(self) -> float:
+        """What the UNet's latents were multiplied with: says the cache, else the folder that was assembled before."""
+        if (cache := self.work / "latents.pt").exists():
+            return float(torch.load(cache, map_location="cpu", mmap=True)["scaling_factor"])
+        return float(json.loads((self.out / "vae" / "config.json").read_text())["scaling_factor"])
+
     def train(self, name: str, module: nn.Module, loss_of: loop.StepLoss) -> bool:
         return loop.train(name, self.stage(name), module, loss_of, self.work, self.deadline_s, self.fit)
 
@@ -167,9 +174,7 @@ class Build:
     def run_assemble(self) -> bool:
         autoencoder = self.read("vae", vae.build())
         self.read("decoder", vae.Decoder(autoencoder))
-        if (cache := self.work / "latents.pt").exists():
-            factor = torch.load(cache, map_location="cpu", mmap=True)["scaling_factor"]
-            autoencoder.register_to_config(scaling_factor=factor)
+        autoencoder.register_to_config(scaling_factor=self.scaling_factor())
         assemble.assemble(
             self.out,
             self.work,

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafleet.sdxl.config import BaseConfig
 
+CompileMode = Literal["none", "regional", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -68,10 +69,26 @@ class EngineSettings(BaseModel):
         description="images in the one batch size of exact mode, filled up when there are fewer; more of them raise "
         "the throughput of many requests and the latency of a single one",
     )
-    row_buckets: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(
-        default=(),
+    row_buckets: tuple[Annotated[int, Field(ge=1, le=128)], ...] | None = Field(
+        default=None,
         description="row counts that a batch is filled up to, unless exact is on; an image has 2 rows, without "
-        "guidance 1; left out: batches are not filled up",
+        "guidance 1; left out: 2, 4, 8 and so on up to max_batch images where shapes are compiled or recorded, else "
+        "batches are not filled up",
+    )
+    compile: CompileMode | None = Field(
+        default=None,
+        description="what torch.compile takes of the UNet before the start is done: none, regional (its repeated "
+        "blocks, seconds a shape), full (a minute a shape, fastest); left out: regional on a GPU, else none",
+    )
+    cuda_graphs: bool | None = Field(
+        default=None,
+        description="record the UNet's kernels for each row count and size, so that none waits for the CPU; left out: "
+        "on a GPU",
+    )
+    warm_sizes: tuple[tuple[int, int], ...] | None = Field(
+        default=None,
+        description="sizes [width, height] in pixels that are compiled and recorded at the start; others work, slower; "
+        "left out: the base's own",
     )
     max_skipped_turns: int = Field(
         default=100,
@@ -90,7 +107,7 @@ class EngineSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_bank(self) -> Self:
-        rows = max(2 * self.max_batch, 2 * self.exact_jobs, *self.row_buckets, 0)
+        rows = max(2 * self.max_batch, 2 * self.exact_jobs, *(self.row_buckets or ()), 0)
         if self.bank is not None and self.bank.rows < rows:
             raise ValueError(
                 f"bank.rows={self.bank.rows}, but a batch may have {rows} rows (max_batch, exact_jobs, row_buckets): "

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafleet.sdxl.base import Base
 from lorafleet.serve.engine.bank import AdapterBank
 from lorafleet.serve.engine.sampler import Sampler
+from lorafleet.serve.engine.unet_runner import UNetInputs, UNetRunner
 
 Outcome = torch.Tensor | Exception
 
 
 def predict(
-    base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int] = (), bank: AdapterBank | None = None
+    unet: UNetRunner, samplers: Sequence[Sampler], row_buckets: Sequence[int] = (), bank: AdapterBank | None = None
 ) -> list[Outcome]:
     """The model output [rows, 4, h, w] of each sampler, or the error that it fails with when it runs alone.
 
@@ -22,7 +22,7 @@ def predict(
     torch.AcceleratorError: after it the device is of no use.
     """
     try:
-        return list(_forward(base, samplers, row_buckets, bank))
+        return list(_forward(unet, samplers, row_buckets, bank))
     except torch.AcceleratorError:
         raise
     except Exception as error:  # whose fault it is shows when each half runs alone
@@ -33,11 +33,11 @@ def predict(
     if len(samplers) == 1:
         return [failure]
     half = len(samplers) // 2
-    return [part for side in (samplers[:half], samplers[half:]) for part in predict(base, side, row_buckets, bank)]
+    return [part for side in (samplers[:half], samplers[half:]) for part in predict(unet, side, row_buckets, bank)]
 
 
 def _forward(
-    base: Base, samplers: Sequence[Sampler], row_buckets: Sequence[int], bank: AdapterBank | None
+    unet: UNetRunner, samplers: Sequence[Sampler], row_buckets: Sequence[int], bank: AdapterBank | None
 ) -> tuple[torch.Tensor, ...]:
     if bank is not None:
         bank.set_rows([sampler.adapters for sampler in samplers for _ in range(sampler.rows)])
@@ -47,19 +47,13 @@ def _forward(
     def batch(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([*parts, *[parts[-1][-1:]] * padding])
 
-    # Timesteps of every sampler become float32, which the UNet's sinusoidal embedding would make of them anyway.
-    timesteps = [sampler.timestep.float().reshape(1).expand(sampler.rows) for sampler in samplers]
     guidance = [sampler.guidance_embedding for sampler in samplers if sampler.guidance_embedding is not None]
-    conditions = {
-        "text_embeds": batch([sampler.pooled for sampler in samplers]),
-        "time_ids": batch([sampler.time_ids for sampler in samplers]),
-    }
-    output: torch.Tensor = base.pipeline.unet(
-        batch([sampler.model_input() for sampler in samplers]),
-        batch(timesteps).to(base.device),
-        encoder_hidden_states=batch([sampler.hidden for sampler in samplers]),
-        timestep_cond=batch(guidance) if guidance else None,
-        added_cond_kwargs=conditions,
-        return_dict=False,
-    )[0]
-    return torch.split(output[: sum(rows)], rows)
+    inputs = UNetInputs(
+        sample=batch([sampler.model_input() for sampler in samplers]),
+        timesteps=batch([sampler.timestep_rows() for sampler in samplers]),
+        hidden=batch([sampler.hidden for sampler in samplers]),
+        pooled=batch([sampler.pooled for sampler in samplers]),
+        time_ids=batch([sampler.time_ids for sampler in samplers]),
+        guidance=batch(guidance) if guidance else None,
+    )
+    return torch.split(unet(inputs)[: sum(rows)], rows)

@@ -24,6 +24,8 @@ from lorafleet.serve.engine.order import choose, seat
 from lorafleet.serve.engine.preview import Previewer
 from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.run import Run
+from lorafleet.serve.engine.sampler import Sampler
+from lorafleet.serve.engine.unet_runner import UNetRunner
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,21 @@ class Engine:
         by_default = on_gpu and not base.config.low_memory  # whose weights move to and fro for one thread only
         background = by_default if self.settings.background is None else self.settings.background
         self._background = ThreadPoolExecutor(1, "engine-background") if background else None
+        self._background_stream: torch.cuda.Stream | None = None
+        if on_gpu and background:
+            self._background_stream = torch.cuda.Stream(base.device)  # type: ignore[no-untyped-call]
         self._wake = threading.Event()
         self.bank: AdapterBank | None = None
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
         if self.settings.bank is not None:
             self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set)
+        stays = on_gpu and not base.config.low_memory  # on the device, for graphs to find it there
+        self._unet = UNetRunner(
+            base,
+            self.settings.compile or ("regional" if stays else "none"),
+            cuda_graphs=stays if self.settings.cuda_graphs is None else self.settings.cuda_graphs,
+        )
+        self._last_step: torch.cuda.Event | None = None
         self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank)
         self._previewer = Previewer(base)
         self._runs: list[Run] = []
@@ -76,9 +88,20 @@ class Engine:
         self.heartbeat = time.monotonic()
         """When the loop last showed that it lives, on `time.monotonic()`'s clock; one turn may take a forward."""
 
+    def warm_up(self) -> None:
+        """Compiles and records all that the settings name, and runs every part once; `start` does it by itself."""
+        sizes = self.settings.warm_sizes or ((self.base.limits.default_width_px, self.base.limits.default_height_px),)
+        for width, height in sizes:
+            self.base.check_size(width, height)
+        factor = self.base.pipeline.vae_scale_factor
+        self._unet.warm_up(
+            [(rows, height // factor, width // factor) for rows in self._row_buckets() for width, height in sizes]
+        )
+
     def start(self) -> Self:
-        """Starts the thread."""
+        """Warms up, then starts the thread. Raises InvalidRequest for a size to warm up that this base cannot do."""
         assert self._thread is None, "the engine runs already"
+        self.warm_up()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
         return self
@@ -95,6 +118,7 @@ class Engine:
             self._background.shutdown(cancel_futures=True)
         with self._turn_lock:
             self._fail_all(NotReady("the engine was closed before this image was done: try again"))
+            self._unet.close()
             if self.bank is not None:
                 self.bank.detach()
 
@@ -165,7 +189,7 @@ class Engine:
 
     def _step(self, batch: list[Run]) -> None:
         samplers = [run.sampler for run in batch if run.sampler is not None]
-        outputs = predict(self.base, samplers, self._row_buckets(), self.bank)
+        outputs = predict(self._unet, samplers, self._row_buckets(), self.bank)
         for run, output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
                 self._end(run, Failed(_in_our_words(output)))
@@ -173,16 +197,33 @@ class Engine:
                 run.end_denoising()
                 self._release(run)
                 if self._background is not None:
+                    if self._background_stream is not None:
+                        self._background_stream.wait_stream(torch.cuda.current_stream(self.base.device))
                     self._background.submit(self._in_background, run, self._decode)
                 else:
                     self._attempt(run, self._decode)
+        self._wait_for_the_step_before()
+
+    def _wait_for_the_step_before(self) -> None:
+        """Lets the GPU be one step behind: enough to keep it busy, and cancelling still works within a step."""
+        if self.base.device.type == "cuda":
+            before, self._last_step = self._last_step, torch.cuda.current_stream(self.base.device).record_event()
+            if before is not None:
+                before.synchronize()
 
     def _prepare(self, run: Run) -> None:
         run.begin()
         run.handle.emit(Started())
         with self._lend(run) as adapters:
             positive, negative = self.prompts.pair(run.job.request.prompt, run.job.request.negative_prompt, adapters)
-        run.start_denoising(self.base, positive, negative, [(lease.slot, weight) for lease, weight in adapters])
+            slots = [(lease.slot, weight) for lease, weight in adapters]
+            sampler = Sampler(self.base, run.job, run.size, positive, negative, slots)
+            if self._background_stream is not None:
+                # From here on it belongs to the stream of the steps, where nobody waits for this one.
+                for tensor in (sampler.hidden, sampler.pooled, sampler.time_ids, sampler.latents):
+                    tensor.record_stream(torch.cuda.default_stream(self.base.device))
+                self._background_stream.synchronize()
+        run.start_denoising(sampler, positive.dropped_text, negative.dropped_text)
         self._wake.set()
 
     def _advance(self, run: Run, output: torch.Tensor) -> None:
@@ -256,7 +297,7 @@ class Engine:
 
     def _in_background(self, run: Run, stage: Callable[[Run], None]) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.stream(self._background_stream):
                 self._attempt(run, stage)
         except Exception as error:  # the thread's edge: the loop fails with it
             self._background_failure = error
@@ -313,8 +354,13 @@ class Engine:
     def _row_buckets(self) -> tuple[int, ...]:
         """In exact mode one bucket for all; one job alone needs none, its rows are always as many."""
         if self._is_exact:
-            return (2 * self.settings.exact_jobs,) if self.settings.exact_jobs > 1 else ()
-        return self.settings.row_buckets
+            return (2 * self.settings.exact_jobs,) if self.settings.exact_jobs > 1 or self._unet.has_shapes else ()
+        if self.settings.row_buckets is not None:
+            return self.settings.row_buckets
+        if not self._unet.has_shapes:
+            return ()
+        most = 2 * self.settings.max_batch
+        return *(2**i for i in range(1, most.bit_length()) if 2**i < most), most
 
 
 def _check_image(job: Job) -> None:

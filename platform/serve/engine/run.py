@@ -1,11 +1,9 @@
 """What the engine keeps of a job while it runs."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lorafleet.core.errors import AdapterBusy, DeadlineExceeded
-from lorafleet.sdxl.base import Base
-from lorafleet.sdxl.text import PromptEmbedding
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.job import Cancelled, Handle, Job
 from lorafleet.serve.engine.sampler import Sampler
@@ -73,15 +71,8 @@ class Run:
         self.check()
         self._begun_s = time.monotonic()
 
-    def start_denoising(
-        self,
-        base: Base,
-        positive: PromptEmbedding,
-        negative: PromptEmbedding,
-        adapters: Sequence[tuple[int, float]],
-    ) -> None:
-        self.dropped = (positive.dropped_text, negative.dropped_text)
-        sampler = Sampler(base, self.job, self.size, positive, negative, adapters)
+    def start_denoising(self, sampler: Sampler, dropped_prompt: str, dropped_negative: str) -> None:
+        self.dropped = (dropped_prompt, dropped_negative)
         self._encoded_s = time.monotonic()
         self.sampler = sampler  # last: from here on the engine's thread may take it
 

@@ -68,6 +68,8 @@ class Sampler:
             scheduler.set_begin_index(skipped)  # or else it searches the timestep in its list: another wait
         self._scheduler = scheduler
         self._timesteps = list(scheduler.timesteps[skipped:])
+        # float32, which the UNet's sinusoidal embedding would make of them anyway; all at once, for one copy
+        self._device_timesteps: torch.Tensor = scheduler.timesteps[skipped:].float().to(base.device)
         accepted = inspect.signature(scheduler.step).parameters
         options = {"generator": self._generator, "eta": 0.0}
         self._step_options = {name: value for name, value in options.items() if name in accepted}
@@ -103,6 +105,10 @@ class Sampler:
         """Scalar on the CPU."""
         timestep: torch.Tensor = self._timesteps[self.done]
         return timestep
+
+    def timestep_rows(self) -> torch.Tensor:
+        """[rows], float32, on the base's device, for the next evaluation."""
+        return self._device_timesteps[self.done : self.done + 1].expand(self.rows)
 
     def model_input(self) -> torch.Tensor:
         """[rows, 4, h, w] for the next evaluation."""

@@ -5,7 +5,9 @@ one contiguous copy, and an adapter of rank r takes only the first r lines, in m
 a row without an adapter runs the same kernels and adds exact zeros. Shapes never change.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,38 +17,41 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.lora_targets import Targets
 from lorafleet.serve.engine.adapter_pack import Place
 
+logger = logging.getLogger(__name__)
+
 
 class RowInputs:
     """Which slots each row of a batch uses, and how strongly: the static inputs of all wrapped linears of a model.
 
-    `slots`: [rows, K], int64, 0 where there is none. `weights`: [rows, K], float32. Written in place only; one
-    thread, the one that runs the model.
+    `slots`: [rows, K], int64, 0 where there is none. `weights`: [rows, K], float32. `ranks`: [rows, K], int32, how
+    many lines of the slot there are to read, 0 also where the weight is. Written in place only; one thread, the one
+    that runs the model.
     """
 
     def __init__(self, rows: int, per_row: int, device: torch.device) -> None:
         self.slots = torch.zeros(rows, per_row, dtype=torch.int64, device=device)
         self.weights = torch.zeros(rows, per_row, dtype=torch.float32, device=device)
+        self.ranks = torch.zeros(rows, per_row, dtype=torch.int32, device=device)
         self.used: list[tuple[int, int, float, int]] = []  # (row, slot, weight, rank) of what is not zero
-        self._last: list[list[tuple[int, float]]] = []
+        self._last: list[tuple[int, int, int, float, int]] = []
 
     def write(self, rows: Sequence[Sequence[tuple[int, float]]], ranks: Sequence[int]) -> None:
         """Sets the first rows and clears the others. `ranks`: how many lines of each slot are not zeros."""
-        wanted = [list(row) for row in rows]
-        self.used = [
-            (i, slot, weight, ranks[slot])
-            for i, row in enumerate(wanted)
-            for slot, weight in row
-            if slot != 0 and weight != 0.0
+        wanted = [
+            (i, k, slot, weight, ranks[slot] if weight != 0.0 else 0)
+            for i, row in enumerate(rows)
+            for k, (slot, weight) in enumerate(row)
         ]
         if wanted == self._last:
             return
-        slots, weights = torch.zeros(self.slots.shape, dtype=torch.int64), torch.zeros(self.weights.shape)
-        for i, row in enumerate(wanted):
-            for k, (slot, weight) in enumerate(row):
-                slots[i, k] = slot
-                weights[i, k] = weight
-        self.slots.copy_(slots)
-        self.weights.copy_(weights)
+        self.used = [(i, slot, weight, rank) for i, _, slot, weight, rank in wanted if rank]
+        values = [torch.zeros(inputs.shape, dtype=inputs.dtype) for inputs in (self.slots, self.weights, self.ranks)]
+        for i, k, *value in wanted:
+            for tensor, number in zip(values, value, strict=True):
+                tensor[i, k] = number
+        for inputs, tensor in zip((self.slots, self.weights, self.ranks), values, strict=True):
+            # On a GPU without waiting for the steps that are under way, which still read what was set for them.
+            inputs.copy_(tensor.pin_memory() if inputs.is_cuda else tensor, non_blocking=True)
         self._last = wanted
 
 
@@ -57,9 +62,10 @@ class SlotLinear(nn.Linear):
     x: [rows, tokens, in] or [rows, in], rows up to those of the `RowInputs`. In float32 and eagerly, rows without an
     adapter equal the plain linear's bit for bit.
 
-    Two ways to the same numbers. `_batched` does the same few kernels whatever the rows hold, which a graph needs.
-    `_row_by_row` does only what there is to do, which a CPU wants. One core, emojixl's UNet, 8 rows: 65 ms without
-    adapters; with one of rank 8 in each row 74 ms in place of 159 (bank of rank 64, 4 a row), with four 111 and 150.
+    Three ways to the same numbers. `_row_by_row` does only what there is to do, which a CPU wants. `_batched` does the
+    same few kernels whatever the rows hold, which a compiler needs. On a GPU the kernels of `slot_kernels` do both.
+    One core, emojixl's UNet, 8 rows: 65 ms without adapters; with one of rank 8 in each row 74 ms in place of 159 (bank
+    of rank 64, 4 a row), with four 111 and 150.
     """
 
     def __init__(self, linear: nn.Linear, storage: torch.Tensor, place: Place, inputs: RowInputs) -> None:
@@ -70,21 +76,28 @@ class SlotLinear(nn.Linear):
         self.training = linear.training
         self._inputs = inputs
         self.goes_row_by_row = storage.device.type == "cpu"
+        self._add = _gpu_kernel() if storage.is_cuda else None
         # buffers, because compilers and CUDA graphs take those for addresses that stay
         self.register_buffer("slot_a", storage[:, :, place.a : place.a + place.in_features], persistent=False)
         self.register_buffer("slot_b", storage[:, :, place.b : place.b + place.out_features], persistent=False)
         self.register_buffer("row_slots", inputs.slots, persistent=False)
         self.register_buffer("row_weights", inputs.weights, persistent=False)
+        self.register_buffer("row_ranks", inputs.ranks, persistent=False)
 
     slot_a: torch.Tensor  # [S, R, in]
     slot_b: torch.Tensor  # [S, R, out], B transposed: then rank is the inner dimension of neither gather
     row_slots: torch.Tensor
     row_weights: torch.Tensor
+    row_ranks: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(x, self.weight, self.bias)
         if self.goes_row_by_row and not torch.compiler.is_compiling():
             return self._row_by_row(x, y)
+        if self._add is not None:
+            slots = self.slot_a, self.slot_b, self.row_slots, self.row_weights, self.row_ranks
+            self._add(_with_tokens(y), _with_tokens(x), *slots)
+            return y
         return self._batched(x, y)
 
     def _row_by_row(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -103,11 +116,27 @@ class SlotLinear(nn.Linear):
         slots = self.row_slots[:rows].flatten()
         a = self.slot_a.index_select(0, slots).view(rows, lines, self.in_features)
         b = self.slot_b.index_select(0, slots).view(rows, lines, self.out_features)
-        tokens = x if x.dim() == 3 else x.unsqueeze(1)
+        tokens = _with_tokens(x)
         h = torch.bmm(tokens, a.transpose(1, 2)).view(rows, tokens.shape[1], -1, rank)  # [rows, tokens, K, R]
         h = h * self.row_weights[:rows, None, :, None]  # a float32 product: a weight of 0.7 is no bfloat16
         h = h.to(y.dtype).view(rows, -1, lines)
         return torch.baddbmm(y.view(rows, -1, self.out_features), h, b).view_as(y)
+
+
+def _with_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[rows, features] as [rows, 1, features]"""
+    return x if x.dim() == 3 else x.unsqueeze(1)
+
+
+@functools.cache
+def _gpu_kernel() -> Callable[..., None] | None:
+    """None where Triton is not installed; CUDA builds of PyTorch bring it on Linux."""
+    try:
+        from lorafleet.serve.engine.slot_kernels import add_low_rank
+    except ImportError as error:
+        logger.warning("adapters take slower ways on this GPU: %s", error)
+        return None
+    return add_low_rank
 
 
 def wrap(

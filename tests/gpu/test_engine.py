@@ -1,0 +1,108 @@
+"""The engine on a GPU: compiled and recorded, its images are still those of diffusers and PEFT on a CPU."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from lorafleet.core.generation import GenerationRequest
+from lorafleet.sdxl.base import Base, load_base
+from lorafleet.sdxl.config import BaseConfig
+from lorafleet.sdxl.lora import Adapter
+from lorafleet.sdxl.lora_oracle import generate_with_adapters
+from lorafleet.sdxl.lora_random import random_adapter
+from lorafleet.sdxl.lora_targets import targets_of
+from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine import Cancelled, Engine, Handle, Job, JobAdapter
+
+PROMPTS = ("a red apple on a blue background", "yellow star", "a rocket next to a pizza on a white background")
+SCHEDULERS = ("euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun", "ddim")
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Base:
+    return load_base(BaseConfig(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def adapters(cpu: Base) -> list[Adapter]:
+    everywhere = r"unet\..+\.attentions\..+|text_encoder(_2)?\..+"
+    unet = r"unet\..+\.attn[12]\..+"
+    return [
+        random_adapter(targets_of(cpu), i, ranks=(1 + i % 16,), alphas=(4.0,), modules=unet if i % 2 else everywhere)
+        for i in range(12)
+    ]
+
+
+@pytest.fixture(params=["none", "regional", "full"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", False)
+    base = load_base(BaseConfig(device="cuda", dtype="float32"))
+    settings = EngineSettings.model_validate(
+        {"compile": request.param, "max_batch": 4, "bank": {"slots": 4, "max_rank": 16}, "row_buckets": (2, 8)}
+    )
+    with Engine(base, settings) as engine:
+        yield engine
+
+
+def mix(adapters: list[Adapter], count: int) -> list[tuple[Job, list[tuple[Adapter, float]]]]:
+    draw = random.Random(0)
+    jobs = []
+    for seed in range(count):
+        chosen = [(draw.choice(adapters), draw.choice([-0.5, 0.4, 1.0])) for _ in range(draw.randrange(4))]
+        chosen = list({adapter.name: (adapter, weight) for adapter, weight in chosen}.values())
+        request = GenerationRequest(
+            prompt=draw.choice(PROMPTS),
+            steps=draw.randrange(3, 7),
+            guidance_scale=draw.choice([1.0, 3.0, 6.0]),
+            scheduler=draw.choice(SCHEDULERS),
+            width=96 if seed == 3 else None,  # not among the sizes that are warmed up
+        )
+        used = tuple(JobAdapter(adapter.name, weight, lambda a=adapter: a) for adapter, weight in chosen)  # type: ignore[misc]
+        jobs.append((Job(request, seed=seed, adapters=used), chosen))
+    return jobs
+
+
+def pixels(image: object) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_images_of_a_mix_are_those_made_alone_on_a_cpu(engine: Engine, cpu: Base, adapters: list[Adapter]) -> None:
+    jobs = mix(adapters, 12)
+    handles = [engine.submit(job) for job, _ in jobs]
+    for handle, (job, chosen) in zip(handles, jobs, strict=True):
+        alone = job.request.model_copy(update={"seed": job.seed, "num_images": 1})
+        (expected,) = generate_with_adapters(cpu, alone, chosen)
+        assert abs(pixels(handle.result(60).image) - pixels(expected)).max() < 2, job
+
+
+def test_swapping_neither_compiles_nor_grows(engine: Engine, adapters: list[Adapter]) -> None:
+    bank = engine.bank
+    assert bank is not None
+    jobs = [job for job, _ in mix(adapters, 40)]
+    draw, counters = random.Random(1), torch._dynamo.utils.counters["stats"]
+
+    def rounds(count: int) -> None:
+        handles: list[Handle] = []
+        for _ in range(count):
+            handles.append(engine.submit(draw.choice(jobs)))
+            if draw.random() < 0.2:
+                draw.choice(handles).cancel()
+        for handle in handles:
+            try:
+                assert handle.result(120).image.size
+            except Cancelled:
+                assert handle.is_cancelled
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        rounds(60)
+        compiled, allocated = dict(counters), torch.cuda.memory_allocated()
+        rounds(200)
+    assert dict(counters) == compiled
+    assert torch.cuda.memory_allocated() - allocated < 32 << 20  # what the prompt cache may take
+    stats = bank.stats()
+    assert (stats.leased, stats.failures) == (0, 0)
+    assert stats.evictions > 50

@@ -115,7 +115,7 @@ def evaluate(folder: Path, data: Data, device: torch.device, few: bool = False) 
     rng = np.random.default_rng(config.SEED)
     figures: dict[str, float] = {}
     figures |= held_out(score, generate, renderer, data, rng, 16 if few else 256)
-    figures |= pairs(score, generate, renderer, data, rng, 8 if few else 100)
+    figures |= pairs(score, generate, renderer, data, rng, 8 if few else len(data.emoji) // 2)
     figures |= seeds(score, generate, data)
     figures |= autoencoder(generate.pipeline.vae, renderer, data, 32 if few else 512)
     if device.type == "cpu":
@@ -162,7 +162,7 @@ def held_out(
 def pairs(
     score: Score, generate: Generator, renderer: Renderer, data: Data, rng: np.random.Generator, count: int
 ) -> dict[str, float]:
-    """Two-subject prompts: a subject counts as found if the caption outscores all that name another in its place.
+    """Two-subject prompts, of all emoji once if `count` is half of them: a subject counts as found if the caption outscores all that name another in its place.
 
     255 other names stand in for each subject in turn; "both" needs both to be found.
     """

@@ -37,15 +37,13 @@ def adapters(cpu: Base) -> list[Adapter]:
 
 
 @pytest.fixture(params=["none", "regional", "full"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", False)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     base = load_base(BaseConfig(device="cuda", dtype="float32"))
     settings = EngineSettings.model_validate(
         {"compile": request.param, "max_batch": 4, "bank": {"slots": 4, "max_rank": 16}, "row_buckets": (2, 8)}
     )
-    with Engine(base, settings) as engine:
-        yield engine
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), Engine(base, settings) as engine:
+        yield engine  # matrix products are float32 unless asked otherwise
 
 
 def mix(adapters: list[Adapter], count: int) -> list[tuple[Job, list[tuple[Adapter, float]]]]:

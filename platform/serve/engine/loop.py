@@ -60,7 +60,8 @@ class Engine:
         self._background = ThreadPoolExecutor(1, "engine-background") if background else None
         self._background_stream: torch.cuda.Stream | None = None
         if on_gpu and background:
-            self._background_stream = torch.cuda.Stream(base.device)  # type: ignore[no-untyped-call]
+            # First in line: the steps' kernels fill the GPU, and a prompt that waits behind them joins seconds late.
+            self._background_stream = torch.cuda.Stream(base.device, priority=-1)  # type: ignore[no-untyped-call]
         self._wake = threading.Event()
         self.bank: AdapterBank | None = None
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""

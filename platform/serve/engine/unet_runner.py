@@ -79,7 +79,7 @@ class UNetRunner:
         self._pool: Any = None
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._compiled_shapes: set[tuple[int, int, int]] = set()
-        self._compiled = torch.compile(self._unet, fullgraph=True, dynamic=False) if compile_mode == "full" else None
+        self._model = torch.compile(self._unet, fullgraph=True, dynamic=False) if compile_mode == "full" else self._unet
 
     @property
     def has_shapes(self) -> bool:
@@ -120,7 +120,7 @@ class UNetRunner:
                 module._compiled_call_impl = None
 
     def _call(self, inputs: UNetInputs) -> torch.Tensor:
-        output: torch.Tensor = (self._compiled or self._unet)(
+        output: torch.Tensor = self._model(
             inputs.sample,
             inputs.timesteps,
             encoder_hidden_states=inputs.hidden,

@@ -162,7 +162,8 @@ def held_out(
 def pairs(
     score: Score, generate: Generator, renderer: Renderer, data: Data, rng: np.random.Generator, count: int
 ) -> dict[str, float]:
-    """Two-subject prompts, of all emoji once if `count` is half of them: a subject counts as found if the caption outscores all that name another in its place.
+    """Two-subject prompts; half as many as there are emoji name each once. A subject counts as found if the caption
+    outscores all that name another in its place.
 
     255 other names stand in for each subject in turn; "both" needs both to be found.
     """

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafleet.core.errors import ConfigError, DeadlineExceeded, LorafleetError, NotReady, Overloaded
+from lorafleet.core.errors import ConfigError, DeadlineExceeded, LorafleetError, NotReady, Overloaded, by_code
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.ranges import short
 from lorafleet.core.recipe import Recipe
@@ -121,8 +121,7 @@ def _error(response: httpx.Response, body: Any, url: str) -> LorafleetError:
         if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             return NotReady(f"{url} is not ready ({reason}).")
         return LorafleetError(f"{url} answered {reason} and no reason: is it a Lorafleet?")
-    kinds = {kind.code: kind for kind in LorafleetError.__subclasses__()}
-    error = kinds.get(str(fault.get("code")), LorafleetError)(fault["message"], param=fault.get("param"))
+    error = by_code().get(str(fault.get("code")), LorafleetError)(fault["message"], param=fault.get("param"))
     if isinstance(error, Overloaded):
         error.retry_after_s = _seconds(response.headers.get("retry-after"), error.retry_after_s)
     return error

@@ -45,6 +45,16 @@ def _rebuild(cls: type[LorafleetError], message: str, param: str | None, state: 
     return error
 
 
+def by_code() -> dict[str, type[LorafleetError]]:
+    """Every class of the tree that was imported, by its code."""
+    kinds, waiting = {LorafleetError.code: LorafleetError}, [LorafleetError]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        kinds |= {kind.code: kind for kind in below}
+        waiting += below
+    return kinds
+
+
 class ConfigError(LorafleetError):
     """A setting is unknown, unparsable, out of range or contradicts another one."""
 

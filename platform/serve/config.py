@@ -85,6 +85,11 @@ class EngineSettings(BaseModel):
         description="record the UNet's kernels for each row count and size, so that none waits for the CPU; left out: "
         "on a GPU",
     )
+    fp8: bool = Field(
+        default=False,
+        description="8-bit floats in the products of the base's transformers, beside adapters as they are: faster at "
+        "large batches, and images change slightly; needs an NVIDIA GPU of compute capability 8.9 or more",
+    )
     warm_sizes: tuple[tuple[int, int], ...] | None = Field(
         default=None,
         description="sizes [width, height] in pixels that are compiled and recorded at the start; others work, slower; "

@@ -16,6 +16,7 @@ from lorafleet.core.errors import GenerationFailed, InvalidRequest, LorafleetErr
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
+from lorafleet.serve.engine import fp8
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.forward import predict
 from lorafleet.serve.engine.init_image import first_step
@@ -52,6 +53,9 @@ class Engine:
     def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
         self.base = base
         self.settings = settings or EngineSettings()
+        if self.settings.fp8:
+            fp8.require(base)
+        self._fp8: fp8.Fp8Weights | None = None
         on_gpu = base.device.type == "cuda"
         self._is_exact = not on_gpu if self.settings.exact is None else self.settings.exact
         # On a CPU a second thread would take cores from the step and start a second pool of OpenMP threads.
@@ -94,6 +98,8 @@ class Engine:
         sizes = self.settings.warm_sizes or ((self.base.limits.default_width_px, self.base.limits.default_height_px),)
         for width, height in sizes:
             self.base.check_size(width, height)
+        if self.settings.fp8 and self._fp8 is None:
+            self._fp8 = fp8.Fp8Weights(self.base, fp8.calibrate(self.base, sizes[0]))
         factor = self.base.pipeline.vae_scale_factor
         self._unet.warm_up(
             [(rows, height // factor, width // factor) for rows in self._row_buckets() for width, height in sizes]
@@ -120,6 +126,8 @@ class Engine:
         with self._turn_lock:
             self._fail_all(NotReady("the engine was closed before this image was done: try again"))
             self._unet.close()
+            if self._fp8 is not None:
+                self._fp8.close()  # before the bank, in whose linears it is
             if self.bank is not None:
                 self.bank.detach()
 

@@ -74,6 +74,7 @@ class SlotLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
+        self.register_module("product", None)
         self._inputs = inputs
         self.goes_row_by_row = storage.device.type == "cpu"
         self._add = _gpu_kernel() if storage.is_cuda else None
@@ -84,6 +85,9 @@ class SlotLinear(nn.Linear):
         self.register_buffer("row_weights", inputs.weights, persistent=False)
         self.register_buffer("row_ranks", inputs.ranks, persistent=False)
 
+    product: nn.Module | None
+    """Called with x and bias in place of the linear's own product, where there is one (see `fp8`). What adapters add
+    comes from the same x and is none of its business."""
     slot_a: torch.Tensor  # [S, R, in]
     slot_b: torch.Tensor  # [S, R, out], B transposed: then rank is the inner dimension of neither gather
     row_slots: torch.Tensor
@@ -91,7 +95,7 @@ class SlotLinear(nn.Linear):
     row_ranks: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = functional.linear(x, self.weight, self.bias)
+        y = self.base(x)
         if self.goes_row_by_row and not torch.compiler.is_compiling():
             return self._row_by_row(x, y)
         if self._add is not None:
@@ -99,6 +103,13 @@ class SlotLinear(nn.Linear):
             self._add(_with_tokens(y), _with_tokens(x), *slots)
             return y
         return self._batched(x, y)
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """What there is without adapters, contiguous and nobody else's."""
+        if self.product is None:
+            return functional.linear(x, self.weight, self.bias)
+        y: torch.Tensor = self.product(x, self.bias)
+        return y
 
     def _row_by_row(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Changes and returns `y`. A row's numbers do not depend on its neighbours."""

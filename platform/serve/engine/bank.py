@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import torch
+from torch import nn
 
 from lorafleet.core.errors import AdapterBusy, AdapterUnreadable, ConfigError, LorafleetError
 from lorafleet.sdxl.base import Base
@@ -43,6 +44,8 @@ Loader = Callable[[], Adapter]
 Rows = Sequence[Sequence[tuple[int, float]]]
 """For each row of a batch its (slot, weight) pairs."""
 LOADERS: Final = 4  # threads; they wait for files most of the time
+JOB_ROWS: Final = 2  # of one image with guidance
+_CROSS: Final = re.compile(r"unet\..+\.attn2\.to_[kv]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +131,19 @@ class Lease:
 
 class AdapterBank:
     """Adapters in fixed slots of one base. Every method is safe for several threads but `publish`, `set_rows`,
-    `set_text_rows` and `detach`, which belong to the thread that runs the model."""
+    `set_text_rows`, `set_cross_rows` and `detach`, which belong to the thread that runs the model."""
 
-    def __init__(self, base: Base, config: BankConfig, on_filled: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: BankConfig,
+        on_filled: Callable[[], None] | None = None,
+        *,
+        cross_apart: bool = False,
+    ) -> None:
         """Wraps every targeted linear of the UNet and both text encoders; until `detach` the base must not be moved
-        to another device or type. `on_filled` is told, in another thread, that a slot was filled or could not be.
-        Raises ConfigError."""
+        to another device or type. `on_filled` is told, in another thread, that a slot was filled or could not be. With
+        `cross_apart` the UNet's projections of the text obey `set_cross_rows` alone. Raises ConfigError."""
         if base.config.low_memory and base.device.type == "cuda":
             raise ConfigError(
                 "base.low_memory moves the weights about, adapters need them in place: set base.low_memory=false",
@@ -155,6 +165,7 @@ class AdapterBank:
             self._storage = torch.zeros(shape, dtype=base.dtype, device=device)
             self._rows = RowInputs(config.rows, config.per_row, device)
             self._text_rows = RowInputs(config.text_rows, config.per_row, device)
+            self._cross_rows = RowInputs(JOB_ROWS, config.per_row, device) if cross_apart else None
         self._lock = threading.Condition()
         self._slots = [_Slot(index, is_published=index == 0) for index in range(config.slots + 1)]
         self._loaders = ThreadPoolExecutor(min(LOADERS, config.slots), "adapter-loader")
@@ -167,7 +178,13 @@ class AdapterBank:
         self._fill_stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._model_stream = torch.cuda.current_stream(device) if is_cuda else None
         inputs = {"unet": self._rows, "text_encoder": self._text_rows, "text_encoder_2": self._text_rows}
-        self._originals = wrap(base, self.targets, self._layout.places, self._storage, inputs)
+        self._originals: dict[str, nn.Linear] = {}
+        places = self._layout.places
+        if self._cross_rows is not None:
+            cross = {name: place for name, place in places.items() if _CROSS.fullmatch(name)}
+            places = {name: place for name, place in places.items() if name not in cross}
+            self._originals |= wrap(base, self.targets, cross, self._storage, {"unet": self._cross_rows})
+        self._originals |= wrap(base, self.targets, places, self._storage, inputs)
 
     @property
     def slot_bytes(self) -> int:
@@ -264,6 +281,12 @@ class AdapterBank:
         """As `set_rows`, for the prompts that both text encoders get next. It may be another thread that runs these;
         then a lease is to be released only when its work on the device is done."""
         self._set(self._text_rows, rows)
+
+    def set_cross_rows(self, rows: Rows) -> None:
+        """As `set_text_rows`, for one job's texts whose keys and values are computed next: up to two rows, in a bank
+        made with `cross_apart`."""
+        assert self._cross_rows is not None
+        self._set(self._cross_rows, rows)
 
     def detach(self) -> None:
         """Puts the base's own linears back, once no loader is at work. Raises AdapterBusy while there are leases."""

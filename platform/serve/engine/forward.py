@@ -41,6 +41,10 @@ def _forward(
 ) -> tuple[torch.Tensor, ...]:
     if bank is not None:
         bank.set_rows([sampler.adapters for sampler in samplers for _ in range(sampler.rows)])
+    if unet.cross_attention is not None:
+        texts = [sampler.key_values for sampler in samplers if sampler.key_values is not None]
+        assert len(texts) == len(samplers)
+        unet.cross_attention.set_rows(texts)
     rows = [sampler.rows for sampler in samplers]
     padding = min((bucket for bucket in row_buckets if bucket >= sum(rows)), default=sum(rows)) - sum(rows)
 

@@ -16,12 +16,13 @@ from lorafleet.core.errors import GenerationFailed, InvalidRequest, LorafleetErr
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
-from lorafleet.serve.engine import fp8
+from lorafleet.serve.engine import cross_attention, fp8
 from lorafleet.serve.engine.bank import AdapterBank, Lease
+from lorafleet.serve.engine.cross_attention import CrossAttention
 from lorafleet.serve.engine.forward import predict
 from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
-from lorafleet.serve.engine.order import choose, seat
+from lorafleet.serve.engine.order import by_urgency, choose, seat
 from lorafleet.serve.engine.preview import Previewer
 from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.run import Run
@@ -30,6 +31,7 @@ from lorafleet.serve.engine.unet_runner import UNetRunner
 
 logger = logging.getLogger(__name__)
 
+AHEAD: Final = 2  # full batches that are prepared at a time, twice as many if more urgent jobs keep coming
 IDLE_S: Final = 0.5  # how often an idle engine shows that it lives
 
 
@@ -67,15 +69,21 @@ class Engine:
             # First in line: the steps' kernels fill the GPU, and a prompt that waits behind them joins seconds late.
             self._background_stream = torch.cuda.Stream(base.device, priority=-1)  # type: ignore[no-untyped-call]
         self._wake = threading.Event()
+        computes_text_once = cross_attention.is_possible(base)
         self.bank: AdapterBank | None = None
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
         if self.settings.bank is not None:
-            self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set)
+            self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set, cross_apart=computes_text_once)
         stays = on_gpu and not base.config.low_memory  # on the device, for graphs to find it there
+        self._cross_attention: CrossAttention | None = None
+        if computes_text_once:
+            most_rows = max(2 * self._batch_size(), *(self.settings.row_buckets or (0,)))
+            self._cross_attention = CrossAttention(base, most_rows, self.bank)
         self._unet = UNetRunner(
             base,
             self.settings.compile or ("regional" if stays else "none"),
             cuda_graphs=stays if self.settings.cuda_graphs is None else self.settings.cuda_graphs,
+            cross_attention=self._cross_attention,
         )
         self._last_step: torch.cuda.Event | None = None
         self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank)
@@ -182,7 +190,7 @@ class Engine:
                 return False
             self._is_resting = False
             for run in runs:
-                run.skipped_turns += run.leases is None
+                run.skipped_turns += run.waits_outside(is_prepared_elsewhere=self._background is not None)
             waiting = [run for run in runs if run.waits_for_step(is_prepared_elsewhere=self._background is not None)]
             if not waiting:
                 # all of them are being encoded or decoded, or wait for adapters
@@ -227,9 +235,11 @@ class Engine:
             positive, negative = self.prompts.pair(run.job.request.prompt, run.job.request.negative_prompt, adapters)
             slots = [(lease.slot, weight) for lease, weight in adapters]
             sampler = Sampler(self.base, run.job, run.size, positive, negative, slots)
+            if self._cross_attention is not None:
+                sampler.replace_text(self._cross_attention.compute(sampler.hidden, slots))
             if self._background_stream is not None:
                 # From here on it belongs to the stream of the steps, where nobody waits for this one.
-                for tensor in (sampler.hidden, sampler.pooled, sampler.time_ids, sampler.latents):
+                for tensor in sampler.tensors():
                     tensor.record_stream(torch.cuda.default_stream(self.base.device))
                 self._background_stream.synchronize()
         run.start_denoising(sampler, positive.dropped_text, negative.dropped_text)
@@ -264,12 +274,16 @@ class Engine:
         seat(waiting, claim, max_skipped_turns=self.settings.max_skipped_turns)
 
     def _hand_over(self) -> None:
-        """Lets the background prepare those whose adapters are there. The lock is held."""
-        if self._background is not None and not self._is_closed:
-            for run in self._runs:
-                if not run.is_handed_over and run.has_adapters:
-                    run.is_handed_over = True
-                    self._background.submit(self._in_background, run, self._prepare)
+        """Lets the background prepare those whose adapters are there, as far as they will be in a batch soon: prepared,
+        each takes memory (51 MB with SDXL and guidance). The lock is held."""
+        if self._background is None or self._is_closed:
+            return
+        ready = [run for run in self._runs if run.has_adapters and not run.is_denoised]
+        room = 2 * AHEAD * self._batch_size() - sum(run.is_handed_over for run in ready)
+        next_ones = by_urgency(ready, self.settings.max_skipped_turns)[: AHEAD * self._batch_size()]
+        for run in [run for run in next_ones if not run.is_handed_over][: max(0, room)]:
+            run.is_handed_over = True
+            self._background.submit(self._in_background, run, self._prepare)
 
     @contextmanager
     def _lend(self, run: Run) -> Iterator[list[tuple[Lease, float]]]:

@@ -23,7 +23,7 @@ def choose(candidates: Sequence[C], *, max_jobs: int, max_skipped_turns: int) ->
     A candidate passed over for `max_skipped_turns` turns goes before all that have waited less, so that with n
     candidates nobody is passed over more than `max_skipped_turns + n` times in a row, whatever arrives later.
     """
-    urgent = _by_urgency(candidates, max_skipped_turns)
+    urgent = by_urgency(candidates, max_skipped_turns)
     chosen = [candidate for candidate in urgent if candidate.size == urgent[0].size][:max_jobs]
     for candidate in candidates:
         candidate.skipped_turns += 1
@@ -39,14 +39,16 @@ def seat(candidates: Sequence[C], claim: Callable[[C, bool], bool], *, max_skipp
     passed over for `max_skipped_turns` turns nobody, so that at last the slots it needs are free.
     """
     somebody_waits = False
-    for candidate in _by_urgency(candidates, max_skipped_turns):
+    for candidate in by_urgency(candidates, max_skipped_turns):
         if not claim(candidate, somebody_waits):
             somebody_waits = True
             if candidate.skipped_turns >= max_skipped_turns:
                 return
 
 
-def _by_urgency(candidates: Sequence[C], max_skipped_turns: int) -> list[C]:
+def by_urgency(candidates: Sequence[C], max_skipped_turns: int) -> list[C]:
+    """Those passed over for `max_skipped_turns` turns, then the others, the earliest deadline first."""
+
     def urgency(candidate: C) -> tuple[float, float, int]:
         if candidate.skipped_turns >= max_skipped_turns:
             return (0.0, -candidate.skipped_turns, candidate.arrival)

@@ -33,6 +33,14 @@ class Run:
             return self.has_adapters and not is_prepared_elsewhere
         return not self.sampler.is_done
 
+    def waits_outside(self, *, is_prepared_elsewhere: bool) -> bool:
+        """Whether it waits for something else than to be chosen, and is not being prepared either."""
+        return self.leases is None or (is_prepared_elsewhere and not self.is_handed_over)
+
+    @property
+    def is_denoised(self) -> bool:
+        return self.sampler is not None and self.sampler.is_done
+
     @property
     def has_adapters(self) -> bool:
         """Whether all its adapters are in slots, ready to be used."""
@@ -77,6 +85,8 @@ class Run:
         self.sampler = sampler  # last: from here on the engine's thread may take it
 
     def end_denoising(self) -> None:
+        if self.sampler is not None:
+            self.sampler.key_values = None  # large, and not needed for decoding
         self._denoised_s = time.monotonic()
 
     def timings(self) -> dict[str, float]:

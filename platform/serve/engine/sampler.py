@@ -16,6 +16,7 @@ from lorafleet.core.errors import GenerationFailed
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.schedulers import make_scheduler
 from lorafleet.sdxl.text import PromptEmbedding
+from lorafleet.serve.engine.cross_attention import KeyValues
 from lorafleet.serve.engine.init_image import InitImage, first_step
 from lorafleet.serve.engine.job import Job
 
@@ -27,7 +28,8 @@ class Sampler:
 
     With guidance it takes part in a batch as two rows, negative prompt first, else as one. What its rows are told
     does not change between steps: `hidden` [rows, L, D], `pooled` [rows, P], `time_ids` [rows, 6] in the base's dtype,
-    and `adapters`, (slot, weight) pairs that are those of each row.
+    and `adapters`, (slot, weight) pairs that are those of each row. With `key_values` the text is in these, not in
+    `hidden`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Sampler:
         sides = [negative, positive] if self.is_guided else [positive]
         self.hidden = torch.cat([side.hidden for side in sides])
         self.pooled = torch.cat([side.pooled for side in sides])
+        self.key_values: KeyValues | None = None
         # (original size, crop's corner, target size), heights first: SDXL paper, section 2.2.
         conditions = [height, width, 0, 0, height, width]
         self.time_ids = torch.tensor([conditions] * self.rows, dtype=self.hidden.dtype).to(base.device)
@@ -86,6 +89,14 @@ class Sampler:
         self.latents: torch.Tensor = latents
         """[1, 4, h, w] as the VAE's decoder wants them once `is_done`."""
         self.done = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """On the device, made for the job and read at every step."""
+        text = [self.key_values.rows] if self.key_values is not None else []
+        return [self.hidden, self.pooled, self.time_ids, self.latents, *text]
+
+    def replace_text(self, key_values: KeyValues) -> None:
+        self.key_values, self.hidden = key_values, key_values.hidden
 
     @property
     def rows(self) -> int:

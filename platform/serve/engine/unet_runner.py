@@ -9,6 +9,7 @@ import torch
 
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import CompileMode
+from lorafleet.serve.engine.cross_attention import CrossAttention
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ WARM_RUNS = 2  # before recording: kernels are chosen and workspaces allocated i
 class UNetInputs:
     """One batch, on the base's device in its dtype.
 
-    `sample`: [rows, 4, h, w]. `timesteps`: [rows], float32. `hidden`: [rows, L, D]. `pooled`: [rows, P]. `time_ids`:
-    [rows, 6]. `guidance`: [rows, G] for a base that is told the scale, else None.
+    `sample`: [rows, 4, h, w]. `timesteps`: [rows], float32. `hidden`: [rows, L, D], or [rows, L, 0] where the text
+    is in a CrossAttention. `pooled`: [rows, P]. `time_ids`: [rows, 6]. `guidance`: [rows, G] for a base that is told the scale, else None.
     """
 
     sample: torch.Tensor
@@ -37,7 +38,7 @@ class UNetInputs:
         return rows, height, width
 
     @classmethod
-    def blank(cls, base: Base, rows: int, height: int, width: int) -> Self:
+    def blank(cls, base: Base, rows: int, height: int, width: int, *, with_text: bool = True) -> Self:
         """Inputs of this shape, h and w in latents, for warming up."""
         config = base.pipeline.unet.config
         length = base.pipeline.tokenizer.model_max_length
@@ -49,7 +50,7 @@ class UNetInputs:
         return cls(
             sample=noise(rows, config.in_channels, height, width),
             timesteps=torch.full((rows,), 500.0, device=base.device),
-            hidden=noise(rows, length, config.cross_attention_dim),
+            hidden=noise(rows, length, config.cross_attention_dim if with_text else 0),
             pooled=noise(rows, pooled),
             time_ids=noise(rows, 6),
             guidance=noise(rows, config.time_cond_proj_dim) if config.time_cond_proj_dim else None,
@@ -70,8 +71,16 @@ class UNetRunner:
     failed: neither adapters nor sizes ever make a request wait for a compiler.
     """
 
-    def __init__(self, base: Base, compile_mode: CompileMode = "none", *, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        compile_mode: CompileMode = "none",
+        *,
+        cuda_graphs: bool = False,
+        cross_attention: CrossAttention | None = None,
+    ) -> None:
         """The adapter bank, if there is one, has wrapped the UNet already. `cuda_graphs` needs a CUDA device."""
+        self.cross_attention = cross_attention
         self._base = base
         self._unet: Any = base.pipeline.unet
         self._mode = compile_mode
@@ -95,7 +104,7 @@ class UNetRunner:
         limits: dict[str, Any] = {"recompile_limit": 8 * len(shapes) + 64, "accumulated_recompile_limit": 4096}
         with torch.inference_mode(), torch._dynamo.config.patch(limits):
             for shape in sorted(shapes, reverse=True):
-                inputs = UNetInputs.blank(self._base, *shape)
+                inputs = UNetInputs.blank(self._base, *shape, with_text=self.cross_attention is None)
                 if self._mode != "none":
                     self._call(inputs)
                     self._compiled_shapes.add(shape)
@@ -113,11 +122,13 @@ class UNetRunner:
             return self._call(inputs)
 
     def close(self) -> None:
-        """Drops the graphs, and leaves the UNet as it was."""
+        """Drops the graphs, and leaves the UNet as it was, its cross attentions too."""
         self._graphs.clear()
         if self._mode == "regional":
             for module in self._unet.modules():
                 module._compiled_call_impl = None
+        if self.cross_attention is not None:
+            self.cross_attention.close()
 
     def _call(self, inputs: UNetInputs) -> torch.Tensor:
         output: torch.Tensor = self._model(

@@ -1,5 +1,6 @@
 """`lorafleet`: the commands put together, and the one place where an error becomes a sentence and an exit code."""
 
+import os
 import sys
 
 import typer
@@ -40,6 +41,8 @@ def main() -> None:
     except LorafleetError as error:
         _stop(error.message, FAILED)
     except OSError as error:  # a full disk, a file that may not be written
+        if error.filename is None:  # what is left in stdout's buffer would fail once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED)
 
 

@@ -45,16 +45,6 @@ def _rebuild(cls: type[LorafleetError], message: str, param: str | None, state: 
     return error
 
 
-def by_code() -> dict[str, type[LorafleetError]]:
-    """Every class of the tree that was imported, by its code."""
-    kinds, waiting = {LorafleetError.code: LorafleetError}, [LorafleetError]
-    while waiting:
-        below = waiting.pop().__subclasses__()
-        kinds |= {kind.code: kind for kind in below}
-        waiting += below
-    return kinds
-
-
 class ConfigError(LorafleetError):
     """A setting is unknown, unparsable, out of range or contradicts another one."""
 
@@ -129,3 +119,9 @@ class GenerationFailed(LorafleetError):
     """The model produced no usable image (non-finite values, out of memory)."""
 
     code = "generation_failed"
+
+
+def by_code() -> dict[str, type[LorafleetError]]:
+    """Every class of the tree above, by its code."""
+    classes = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, LorafleetError)]
+    return {kind.code: kind for kind in classes}

@@ -7,7 +7,7 @@ import pytest
 
 from lorafleet.client import Client
 from lorafleet.core import errors
-from lorafleet.core.errors import LorafleetError
+from lorafleet.core.errors import LorafleetError, by_code
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.recipe import BaseRef, Recipe
 
@@ -65,7 +65,7 @@ def test_a_recipe_is_sent_whole() -> None:
     assert client(answer).generate(recipe).seeds == [4, 5]
 
 
-@pytest.mark.parametrize("kind", LorafleetError.__subclasses__(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", by_code().values(), ids=lambda kind: kind.__name__)
 def test_each_error_of_the_server_comes_out_as_its_class(kind: type[LorafleetError]) -> None:
     fault = {"message": "steps must be less.", "type": "x", "param": "steps", "code": kind.code}
     with pytest.raises(LorafleetError) as raised:

@@ -20,9 +20,9 @@ WARM_RUNS = 2  # before recording: kernels are chosen and workspaces allocated i
 class UNetInputs:
     """One batch, on the base's device in its dtype.
 
-    `sample`: [rows, 4, h, w]. `timesteps`: [rows], float32. `hidden`: [rows, L, D], or [rows, L, 0] where the text is in
-    a CrossAttention. `pooled`: [rows, P]. `time_ids`: [rows, 6]. `guidance`: [rows, G] for a base that is told the scale,
-    else None.
+    `sample`: [rows, 4, h, w]. `timesteps`: [rows], float32. `hidden`: [rows, L, D], or [rows, L, 0] where a
+    CrossAttention has the text. `pooled`: [rows, P]. `time_ids`: [rows, 6]. `guidance`: [rows, G] for a base that is
+    told the scale, else None.
     """
 
     sample: torch.Tensor

@@ -102,7 +102,7 @@ class Engine:
         """When the loop last showed that it lives, on `time.monotonic()`'s clock; one turn may take a forward."""
 
     def warm_up(self) -> None:
-        """Compiles and records all that the settings name, and runs every part once; `start` does it by itself."""
+        """Compiles and records the UNet for what the settings name; `start` does it by itself."""
         sizes = self.settings.warm_sizes or ((self.base.limits.default_width_px, self.base.limits.default_height_px),)
         for width, height in sizes:
             self.base.check_size(width, height)

@@ -68,8 +68,8 @@ class UNetInputs:
 class UNetRunner:
     """Runs a base's UNet; for one thread at a time, in inference mode.
 
-    Only `warm_up` compiles and records. A shape that was not warmed up runs eagerly: neither adapters nor sizes ever make
-    a request wait for a compiler.
+    Only `warm_up` compiles and records. A shape that was not warmed up runs eagerly: neither adapters nor sizes ever
+    make a request wait for a compiler.
     """
 
     def __init__(

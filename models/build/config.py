@@ -45,9 +45,9 @@ class Stage:
 TEXT = Stage(steps=1800, batch=1024, peak_lr=1e-3, weight_decay=0.05)
 SCORER = Stage(steps=4000, batch=2048, peak_lr=1e-3, weight_decay=0.05)
 VAE = Stage(steps=5_340, batch=64, peak_lr=1e-3, weight_decay=0.0)
-DECODER = Stage(steps=4000, batch=64, peak_lr=5e-4, weight_decay=0.0)
+DECODER = Stage(steps=3_375, batch=64, peak_lr=5e-4, weight_decay=0.0)
 DECODER_NOISE = 0.1  # of the latents' standard deviation
-UNET = Stage(steps=17_000, batch=512, peak_lr=1e-3, ema_decay=0.9995)
+UNET = Stage(steps=13_459, batch=512, peak_lr=1e-3, ema_decay=0.9995)
 PAIR_SHARE = 0.3  # of the captions name two subjects
 UNET_PAIR_SHARE = 0.6
 CAPTIONS = 1_000_000  # drawn once for a stage, rendered anew each time

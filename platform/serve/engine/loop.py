@@ -12,7 +12,7 @@ from typing import Final, Self
 import torch
 from PIL import Image
 
-from lorafleet.core.errors import GenerationFailed, InvalidRequest, LorafleetError, NotReady
+from lorafleet.core.errors import ConfigError, GenerationFailed, InvalidRequest, LorafleetError, NotReady
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
@@ -59,6 +59,12 @@ class Engine:
             fp8.require(base)
         self._fp8: fp8.Fp8Weights | None = None
         on_gpu = base.device.type == "cuda"
+        stays = on_gpu and not base.config.low_memory  # on the device, for graphs to find it there
+        if self.settings.cuda_graphs and not stays:
+            raise ConfigError(
+                "engine.cuda_graphs needs the base on a CUDA GPU, without base.low_memory: leave it out",
+                param="engine.cuda_graphs",
+            )
         self._is_exact = not on_gpu if self.settings.exact is None else self.settings.exact
         # On a CPU a second thread would take cores from the step and start a second pool of OpenMP threads.
         by_default = on_gpu and not base.config.low_memory  # whose weights move to and fro for one thread only
@@ -74,7 +80,6 @@ class Engine:
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
         if self.settings.bank is not None:
             self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set, cross_apart=computes_text_once)
-        stays = on_gpu and not base.config.low_memory  # on the device, for graphs to find it there
         self._cross_attention: CrossAttention | None = None
         if computes_text_once:
             most_rows = max(2 * self._batch_size(), *(self.settings.row_buckets or (0,)))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lorafleet.serve.engine
-from lorafleet.core.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, NotReady
+from lorafleet.core.errors import ConfigError, DeadlineExceeded, GenerationFailed, InvalidRequest, NotReady
 from lorafleet.core.generation import SCHEDULERS, GenerationRequest
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.engine import Cancelled, Engine, Event, Failed, Finished, Handle, Job, Started, Step
@@ -406,3 +406,8 @@ def test_a_done_job_leaves_nothing_behind(make_engine: MakeEngine) -> None:
 
     tensors()
     assert tensors() == tensors()
+
+
+def test_graphs_need_a_gpu(make_engine: Callable[..., Engine]) -> None:
+    with pytest.raises(ConfigError, match="engine.cuda_graphs needs the base on a CUDA GPU"):
+        make_engine(cuda_graphs=True)

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
 from lorafleet.serve.schemas import ErrorReply, GenerateBody, ImagesBody
 
+MAY_FAIL: Final = (400, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
 _REF: Final = "#/components/schemas/{model}"
 _WHEN: Final = {
     400: "the body is not JSON",

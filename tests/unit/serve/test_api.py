@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from lorafleet.core.errors import NotReady
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.recipe import extract
-from lorafleet.serve.api import create_app, prefers_png
+from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.routes.generate import prefers_png
 
 MakeApp = Callable[..., FastAPI]
 QUICK = {"prompt": "red apple", "steps": 1, "seed": 7}

@@ -6,8 +6,12 @@ LorafleetError
 ├── BaseNotFound           no base model under that id, path or revision     (exit code 1)
 ├── BaseUnreadable         a base model is there but cannot be loaded        (exit code 1)
 ├── RecipeMismatch         a recipe was made by another base model           (HTTP 409)
+├── AdapterNotFound        no adapter under that name, alias or version      (HTTP 404)
+├── AdapterInUse           an alias points at what is to be deleted          (HTTP 409)
+├── AdapterTooLarge        an adapter file is above the registry's limit     (HTTP 413)
 ├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
 ├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
+├── StorageUnavailable     the adapter registry cannot be reached or used    (HTTP 503)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
@@ -75,6 +79,24 @@ class RecipeMismatch(LorafleetError):
     code = "recipe_mismatch"
 
 
+class AdapterNotFound(LorafleetError):
+    """The registry has no such adapter, alias or version; the message offers the nearest names."""
+
+    code = "adapter_not_found"
+
+
+class AdapterInUse(LorafleetError):
+    """An alias, which the message names, points at a version that is to be deleted."""
+
+    code = "adapter_in_use"
+
+
+class AdapterTooLarge(LorafleetError):
+    """An adapter's file is larger than the registry takes."""
+
+    code = "adapter_too_large"
+
+
 class AdapterUnreadable(LorafleetError):
     """An adapter's file is a pickle, damaged, incomplete, or holds something else than plain LoRA."""
 
@@ -85,6 +107,12 @@ class AdapterIncompatible(LorafleetError):
     """An adapter was made for another base, or asks for modules or a rank that cannot be served."""
 
     code = "adapter_incompatible"
+
+
+class StorageUnavailable(LorafleetError):
+    """Where adapters are stored does not answer, refuses, is full or is not there."""
+
+    code = "storage_unavailable"
 
 
 class Overloaded(LorafleetError):

@@ -3,7 +3,7 @@
 import logging
 import math
 from importlib import metadata
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -13,6 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from lorafleet.core.errors import (
     AdapterBusy,
     AdapterIncompatible,
+    AdapterInUse,
+    AdapterNotFound,
+    AdapterTooLarge,
     AdapterUnreadable,
     DeadlineExceeded,
     GenerationFailed,
@@ -21,6 +24,7 @@ from lorafleet.core.errors import (
     NotReady,
     Overloaded,
     RecipeMismatch,
+    StorageUnavailable,
 )
 from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, UnsupportedMediaType
 from lorafleet.serve.config import ServeSettings
@@ -38,9 +42,12 @@ RETRY_HEADER: Final = "x-should-retry"  # openai's clients obey it; others retry
 STATUSES: Final[dict[type[LorafleetError], int]] = {
     MalformedBody: 400,
     ModelNotFound: 404,
+    AdapterNotFound: 404,
     RecipeMismatch: 409,
     AdapterIncompatible: 409,
+    AdapterInUse: 409,
     BodyTooLarge: 413,
+    AdapterTooLarge: 413,
     UnsupportedMediaType: 415,
     InvalidRequest: 422,
     AdapterUnreadable: 422,
@@ -48,6 +55,7 @@ STATUSES: Final[dict[type[LorafleetError], int]] = {
     GenerationFailed: 500,
     NotReady: 503,
     AdapterBusy: 503,
+    StorageUnavailable: 503,
     DeadlineExceeded: 504,
 }
 TYPES: Final = {
@@ -62,7 +70,7 @@ HTTP_CODES: Final = {404: "route_not_found", 405: "method_not_allowed"}
 
 def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bool = True) -> FastAPI:
     """All routes. `adds_request_id` is off behind a proxy that puts `x-request-id` on every response itself."""
-    service = Service(settings, backend)
+    service = Service(settings, backend, error_body)
     app = FastAPI(
         title="Lorafleet",
         version=metadata.version("lorafleet"),
@@ -88,6 +96,17 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
 
 def error_response(error: Exception) -> Response:
     """The one place where an error becomes a status and a body. What is not ours is logged and hidden."""
+    status, reply, headers = _describe(error)
+    body = reply.model_dump(exclude={"error": {"errors"}} if reply.error.errors is None else None)
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """The body alone, for where a status cannot be told any more."""
+    return _describe(error)[1].model_dump(exclude={"error": {"errors"}})
+
+
+def _describe(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         status, code = error.status_code, HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
@@ -113,5 +132,4 @@ def error_response(error: Exception) -> Response:
     )
     if isinstance(error, InvalidBody) and len(error.faults) > 1:
         info.errors = [ErrorDetail(message=message, param=param) for message, param in error.faults]
-    body = ErrorReply(error=info).model_dump(exclude={"error": {"errors"}} if info.errors is None else None)
-    return JSONResponse(body, status_code=status, headers=headers)
+    return status, ErrorReply(error=info), headers

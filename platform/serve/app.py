@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -16,12 +18,15 @@ from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.events import Event
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.work import Work
 
 logger = logging.getLogger(__name__)
 
 MODEL_TIMEOUT_S: Final = 2.0  # a replica answers this from its event loop, however busy its pipeline is
 RELOAD_AFTER_S: Final = 60.0  # long enough for whoever starts the service to be told why it fails
+LOST: Final = "the replica went away while it worked on this request: try again"
 GATEWAY_CPUS: Final = 0.1
 OTHER_REQUESTS: Final = 100  # health checks and bad requests at a time, beside the admitted ones
 
@@ -62,17 +67,26 @@ class Replica:
     async def model(self) -> ModelInfo | LorafleetError:
         return self._failure or self._pipeline.model
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult | LorafleetError:
+    async def generate(self, work: Work, timeout_s: float) -> GenerationResult | LorafleetError:
         """When the gateway's call is cancelled, so are the images."""
         if self._failure is not None:
             return self._failure
         try:
-            return await self._pipeline.generate_async(request, deadline=time.monotonic() + timeout_s)
-        except LorafleetError as error:
-            return error
-        except Exception:  # the process edge: this request is lost, the replica is not
-            logger.exception("a generation failed")
-            return GenerationFailed("the model failed on this request: the replica's log says why")
+            return await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
+        except Exception as error:  # the process edge: this request is lost, the replica is not
+            return _in_our_words(error)
+
+    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event | LorafleetError]:
+        """Events, an error as the last one. When the gateway's call is cancelled, so are the images."""
+        if self._failure is not None:
+            yield self._failure
+            return
+        try:
+            async with aclosing(self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:  # the process edge, as above
+            yield _in_our_words(error)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises: what hindered the load may pass, and an engine
@@ -86,6 +100,13 @@ class Replica:
             raise LorafleetError(f"the engine failed: {engine.failure}")
         if time.monotonic() - engine.heartbeat > self._stall_s:
             raise LorafleetError(f"the engine has not moved for {self._stall_s:g} seconds")
+
+
+def _in_our_words(error: Exception) -> LorafleetError:
+    if isinstance(error, LorafleetError):
+        return error
+    logger.error("a generation failed", exc_info=error)
+    return GenerationFailed("the model failed on this request: the replica's log says why")
 
 
 class ReplicaBackend:
@@ -105,15 +126,34 @@ class ReplicaBackend:
         assert isinstance(answer, ModelInfo)
         return answer
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult:
+    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
+        response = self._replicas.generate.remote(work, timeout_s)
         try:
-            answer = await self._replicas.generate.remote(request, timeout_s)
+            answer = await response
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise
         except (RayError, RayServeException) as error:
-            raise NotReady("the replica went away while it worked on this request: try again") from error
+            raise NotReady(LOST) from error
         if isinstance(answer, LorafleetError):
             raise answer
         assert isinstance(answer, GenerationResult)
         return answer
+
+    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+        response: Any = self._replicas.options(stream=True).stream.remote(work, timeout_s)
+        is_over = False
+        try:
+            async for answer in response:
+                if isinstance(answer, LorafleetError):
+                    raise answer
+                yield answer
+            is_over = True
+        except (RayError, RayServeException) as error:
+            raise NotReady(LOST) from error
+        finally:
+            if not is_over:
+                response.cancel()
 
 
 @serve.deployment

@@ -1,18 +1,24 @@
 """Requests on one loaded base: images of the engine become PNGs with recipes. Knows neither HTTP nor Ray."""
 
 import asyncio
+import io
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Self
+
+from PIL import Image
 
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.recipe import BaseRef, Recipe, embed, versions
 from lorafleet.sdxl.base import Base
+from lorafleet.serve import events
 from lorafleet.serve.config import EngineSettings
-from lorafleet.serve.engine import Engine, Event, Handle, ImageResult, Job, Step
+from lorafleet.serve.engine import Engine, Event, Failed, Finished, Handle, ImageResult, Job, Started, Step
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.work import Work
 
 OnStep = Callable[[int, int], None]
 """Called after each evaluation of the UNet with (done, total), over all images of the request."""
@@ -44,62 +50,106 @@ class Pipeline:
         self.engine.close()
 
     def generate(
-        self, request: GenerationRequest, *, on_step: OnStep | None = None, deadline: float | None = None
+        self, asked: GenerationRequest | Work, *, on_step: OnStep | None = None, deadline: float | None = None
     ) -> GenerationResult:
         """All images of a request. `deadline` is on `time.monotonic()`'s clock and checked at every step.
 
         Raises InvalidRequest (a size or step count this base cannot do), DeadlineExceeded, GenerationFailed,
         NotReady (the engine was closed).
         """
-        handles = self._submit(request, on_step, deadline)
+        work = _work(asked)
+        progress = None if on_step is None else _Progress(on_step, images=work.request.num_images)
+        handles = self._submit(work, deadline, lambda _: progress)
         try:
             if not self._is_started:
                 self.engine.run_until_idle()
-            return self._result(request, handles, [handle.result() for handle in handles])
+            return self._result(work, handles, [handle.result() for handle in handles])
         finally:
             _cancel(handles)
 
-    async def generate_async(self, request: GenerationRequest, *, deadline: float | None = None) -> GenerationResult:
+    async def generate_async(
+        self, asked: GenerationRequest | Work, *, deadline: float | None = None
+    ) -> GenerationResult:
         """As `generate`, leaving the event loop free. Cancelling it calls the images off within one step."""
-        handles = self._submit(request, None, deadline)
+        work = _work(asked)
+        handles = self._submit(work, deadline, lambda _: None)
         try:
             images = await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
-            return await asyncio.to_thread(self._result, request, handles, images)
+            return await asyncio.to_thread(self._result, work, handles, images)
         finally:
             _cancel(handles)
 
-    def _submit(self, request: GenerationRequest, on_step: OnStep | None, deadline: float | None) -> list[Handle]:
-        first_seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(request.num_images)]
-        listener = None if on_step is None else _Progress(on_step, images=len(seeds))
-        return [self.engine.submit(Job(request, seed, deadline, on_event=listener)) for seed in seeds]
+    async def stream(self, work: Work, *, deadline: float | None = None) -> AsyncGenerator[events.Event]:
+        """As `generate_async`, telling what happens; images come as they are done. Closing it calls the rest off."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def _result(
-        self, request: GenerationRequest, handles: Sequence[Handle], results: Sequence[ImageResult]
-    ) -> GenerationResult:
+        def listen(image: int) -> Callable[[Event], None]:
+
+            def on_event(event: Event) -> None:
+                loop.call_soon_threadsafe(inbox.put_nowait, (image, event))
+
+            return on_event
+
+        handles = self._submit(work, deadline, listen)
+        results: list[ImageResult] = []
+        previews = [0] * len(handles)
+        encoding_s = 0.0
+        try:
+            while len(results) < len(handles):
+                image, event = await inbox.get()
+                match event:
+                    case Started():
+                        yield events.Started(image)
+                    case Step(done, total, preview):
+                        is_wanted = preview is not None and done < total and previews[image] < work.previews
+                        previews[image] += is_wanted
+                        yield events.Step(image, done, total, _png(preview) if preview and is_wanted else None)
+                    case Finished(result):
+                        start = time.monotonic()
+                        seed = handles[image].job.seed
+                        png = await asyncio.to_thread(self._embed, work, seed, result)
+                        encoding_s = time.monotonic() - start
+                        results.append(result)
+                        yield events.Image(image, seed, png)
+                    case Failed(error):
+                        raise error
+            yield events.Done(_timings(results, encoding_s), self._warnings(results[0]))
+        finally:
+            _cancel(handles)
+
+    def _submit(
+        self, work: Work, deadline: float | None, listener: Callable[[int], Callable[[Event], None] | None]
+    ) -> list[Handle]:
+        request, start = work.request, work.start
+        first_seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        more: dict[str, Any] = {"preview_every": _preview_every(work)}
+        if start is not None:
+            more |= {"init_image": _picture(start.image), "mask": _picture(start.mask), "strength": start.strength}
+        return [
+            self.engine.submit(Job(request, (first_seed + i) % (MAX_SEED + 1), deadline, on_event=listener(i), **more))
+            for i in range(request.num_images)
+        ]
+
+    def _result(self, work: Work, handles: Sequence[Handle], results: Sequence[ImageResult]) -> GenerationResult:
         start = time.monotonic()
         seeds = [handle.job.seed for handle in handles]
-        images = [
-            embed(result.image, self._recipe(request, seed, result))
-            for seed, result in zip(seeds, results, strict=True)
-        ]
-        timings = dict(max((result.timings for result in results), key=lambda timings: timings["total_s"]))
-        encoding_s = time.monotonic() - start
-        timings["decode_s"] += encoding_s
-        timings["total_s"] += encoding_s
-        warnings = [
+        images = [self._embed(work, seed, result) for seed, result in zip(seeds, results, strict=True)]
+        timings = _timings(results, time.monotonic() - start)
+        return GenerationResult(images=images, seeds=seeds, timings=timings, warnings=self._warnings(results[0]))
+
+    def _warnings(self, result: ImageResult) -> list[str]:
+        return [
             f"{name} is longer than the base's {self.base.limits.max_prompt_tokens} tokens, its end was dropped: "
             f"{dropped.strip()!r}"
-            for name, dropped in (
-                ("prompt", results[0].dropped_prompt),
-                ("negative_prompt", results[0].dropped_negative),
-            )
+            for name, dropped in (("prompt", result.dropped_prompt), ("negative_prompt", result.dropped_negative))
             if dropped
         ]
-        return GenerationResult(images=images, seeds=seeds, timings=timings, warnings=warnings)
 
-    def _recipe(self, request: GenerationRequest, seed: int, result: ImageResult) -> Recipe:
-        return Recipe(
+    def _embed(self, work: Work, seed: int, result: ImageResult) -> bytes:
+        """The image as a PNG with its recipe."""
+        request = work.request
+        recipe = Recipe(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             width=result.image.width,
@@ -111,6 +161,7 @@ class Pipeline:
             base=self.model.ref,
             versions=self._versions,
         )
+        return embed(result.image, recipe)
 
 
 class _Progress:
@@ -127,6 +178,37 @@ class _Progress:
             with self._lock:
                 self._done += 1
                 self._on_step(self._done, self._images * event.total)
+
+
+def _work(asked: GenerationRequest | Work) -> Work:
+    return asked if isinstance(asked, Work) else Work(asked)
+
+
+def _preview_every(work: Work) -> int:
+    """Between how many evaluations of the UNet a preview lies, so that there are `work.previews` before the last."""
+    if not work.previews:
+        return 0
+    steps = work.request.steps * (1.0 if work.start is None else work.start.strength)
+    evaluations = 2 * steps - 1 if work.request.scheduler == "heun" else steps
+    return max(1, math.ceil(evaluations / (work.previews + 1)))
+
+
+def _picture(data: bytes | None) -> Image.Image | None:
+    return None if data is None else Image.open(io.BytesIO(data))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _timings(results: Sequence[ImageResult], encoding_s: float) -> dict[str, float]:
+    """Of the image that was done last; making a PNG of it counts as decoding."""
+    timings = dict(max((result.timings for result in results), key=lambda timings: timings["total_s"]))
+    timings["decode_s"] += encoding_s
+    timings["total_s"] += encoding_s
+    return timings
 
 
 def _cancel(handles: Sequence[Handle]) -> None:

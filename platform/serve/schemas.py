@@ -1,6 +1,6 @@
 """Bodies of the HTTP API. Types are strict: "20" is not 20, true is not 1; 20.0 is 20, as JSON has it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -16,6 +16,8 @@ from lorafleet.core.generation import (
 )
 from lorafleet.core.recipe import BaseRef
 
+MAX_PREVIEWS: Final = 8
+
 
 class GenerateBody(GenerationRequest):
     """Body of `POST /generate`. The recipe in a PNG is such a body, so posting it makes the image again."""
@@ -25,8 +27,12 @@ class GenerateBody(GenerationRequest):
         default=None, description="what made the image, as a recipe says it; not checked"
     )
 
+    previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] = Field(
+        default=0, description="small pictures of each image on its way, with Accept: text/event-stream"
+    )
+
     def request(self) -> GenerationRequest:
-        return GenerationRequest(**self.model_dump(exclude={"base", "versions"}))
+        return GenerationRequest(**self.model_dump(include=set(GenerationRequest.model_fields)))
 
 
 class GenerateReply(BaseModel):

@@ -1,15 +1,22 @@
-"""Admission, limits and deadlines around whatever makes the images."""
+"""What every route does with a request: checks, admission, deadlines, and the work itself on a backend."""
 
 import asyncio
-from typing import Final, Protocol
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Final, Protocol
 
 from lorafleet.core.errors import DeadlineExceeded, LorafleetError, RecipeMismatch
-from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.recipe import BaseRef
 from lorafleet.serve.admission import Admission
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.events import Done, Event, Image, Queued
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.runs import Run
+from lorafleet.serve.work import Work
 
+ErrorBody = Callable[[Exception], dict[str, Any]]
 DEADLINE_GRACE_S: Final = 5.0  # a replica notices a passed deadline itself, within one step; then the gateway does
 
 
@@ -25,15 +32,20 @@ class Backend(Protocol):
     async def model(self) -> ModelInfo:
         """The base that is loaded. Raises NotReady."""
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult:
-        """Raises LorafleetError; DeadlineExceeded soon after `timeout_s`."""
+    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
+        """Raises LorafleetError; DeadlineExceeded soon after `timeout_s`. Cancelled, it calls the images off."""
+
+    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+        """As `generate`, event by event; dearer. Closed, it calls off what is not done."""
 
 
 class Service:
     """Admission, limits and deadlines around a backend."""
 
-    def __init__(self, settings: ServeSettings, backend: Backend) -> None:
+    def __init__(self, settings: ServeSettings, backend: Backend, error_body: ErrorBody) -> None:
+        """`error_body` puts an error into the one shape."""
         self.settings = settings
+        self.error_body = error_body
         self.known_model: ModelInfo | None = None
         self._backend = backend
         self._admission = Admission(servers=settings.replicas, max_queued=settings.max_queued)
@@ -43,9 +55,15 @@ class Service:
         self.known_model = await self._backend.model()
         return self.known_model
 
-    async def generate(
-        self, request: GenerationRequest, *, base: BaseRef | None = None, model_id: str | None = None
-    ) -> tuple[ModelInfo, GenerationResult]:
+    async def accept(
+        self,
+        request: GenerationRequest,
+        *,
+        base: BaseRef | None = None,
+        model_id: str | None = None,
+        previews: int = 0,
+    ) -> tuple[ModelInfo, Work]:
+        """The request with nothing left open. Raises what is wrong with it."""
         model = self.known_model or await self.model()
         if model_id is not None and model_id != model.ref.id:
             raise ModelNotFound(f"no model {model_id!r}: known are {model.ref.id}", param="model")
@@ -56,12 +74,40 @@ class Service:
                 param="base.fingerprint",
             )
         model.limits.check(request)
+        width, height = model.limits.size_of(request)
+        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        settled = request.model_copy(update={"width": width, "height": height, "seed": seed})
+        return model, Work(settled, previews=previews, is_seeded=request.seed is not None)
+
+    def start(self, work: Work, *, is_detailed: bool) -> Run:
+        """Begins the work; without details there are no events before the images. Raises Overloaded.
+
+        The caller holds the run and lets it go.
+        """
         timeout_s = self.settings.request_timeout_s
-        with self._admission.admit():
-            try:
-                async with asyncio.timeout(timeout_s + DEADLINE_GRACE_S):
-                    result = await self._backend.generate(request, timeout_s)
-            except TimeoutError:
-                raise DeadlineExceeded(f"the images were not done in {timeout_s:g} seconds") from None
-            self._admission.record(result.timings["total_s"] - result.timings.get("queue_s", 0.0))
-        return model, result
+        place = self._admission.admit(work.cost(), timeout_s)
+        return Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: place.leave(is_done=run.is_good))
+
+    async def generate(self, work: Work) -> GenerationResult:
+        """All images; the work is called off when the caller leaves."""
+        run = self.start(work, is_detailed=False)
+        try:
+            return await run.result()
+        finally:
+            run.let_go()
+
+    async def _events(self, work: Work, timeout_s: float, is_detailed: bool) -> AsyncGenerator[Event]:
+        try:
+            async with asyncio.timeout(timeout_s + DEADLINE_GRACE_S):
+                if is_detailed:
+                    yield Queued()
+                    async with aclosing(self._backend.stream(work, timeout_s)) as events:
+                        async for event in events:
+                            yield event
+                    return
+                result = await self._backend.generate(work, timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the images were not done in {timeout_s:g} seconds") from None
+        for number, (png, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+            yield Image(number, seed, png)
+        yield Done(result.timings, result.warnings)

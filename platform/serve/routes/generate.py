@@ -7,11 +7,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from lorafleet.core.errors import InvalidRequest
+from lorafleet.serve import sse
 from lorafleet.serve.body import read_body
 from lorafleet.serve.openapi import MAY_FAIL, errors, json_body
+from lorafleet.serve.routes.streaming import plainly, respond
 from lorafleet.serve.schemas import GenerateBody, GenerateReply
 from lorafleet.serve.service import Service
 
+JSON: Final = "application/json"
+PNG: Final = "image/png"
 SEED_HEADER: Final = "x-lorafleet-seed"
 
 
@@ -22,20 +26,24 @@ def add(app: FastAPI, service: Service) -> None:
         "/generate",
         tags=["generate"],
         response_model=GenerateReply,
-        responses={200: {"content": {"image/png": {}}}, **errors(409, *MAY_FAIL)},
+        responses={200: {"content": {PNG: {}, sse.MEDIA_TYPE: {}}}, **errors(409, *MAY_FAIL)},
         openapi_extra=json_body(GenerateBody),
     )
     async def generate(http: Request) -> Response:
-        """Images of one prompt. With `Accept: image/png` the one image's bytes, its seed in a header."""
+        """Images of one prompt. With `Accept: image/png` the one image's bytes, its seed in a header; with
+        `Accept: text/event-stream` the events `queued`, `started`, `step`, `image`, and `done` or `error`."""
         body = await read_body(http, GenerateBody, limit)
-        as_png = prefers_png(http.headers.get("accept", ""))
-        if as_png and body.num_images != 1:
+        answer = preferred_type(http.headers.get("accept", ""))
+        if answer == PNG and body.num_images != 1:
             raise InvalidRequest(
                 f"num_images must be 1 with Accept: image/png, got {body.num_images}", param="num_images"
             )
-        model, result = await service.generate(body.request(), base=body.base)
-        if as_png:
-            return Response(result.images[0], media_type="image/png", headers={SEED_HEADER: str(result.seeds[0])})
+        model, work = await service.accept(body.request(), base=body.base, previews=body.previews)
+        if answer == sse.MEDIA_TYPE:
+            return await respond(service.start(work, is_detailed=True), plainly, service.error_body)
+        result = await service.generate(work)
+        if answer == PNG:
+            return Response(result.images[0], media_type=PNG, headers={SEED_HEADER: str(result.seeds[0])})
         reply = GenerateReply(
             id=http.state.request_id,
             model=model.ref.id,
@@ -47,8 +55,8 @@ def add(app: FastAPI, service: Service) -> None:
         return JSONResponse(reply.model_dump())
 
 
-def prefers_png(accept: str) -> bool:
-    """Whether an Accept header puts image/png before JSON; a wildcard is no wish for either."""
+def preferred_type(accept: str) -> str:
+    """What an Accept header puts first: JSON, a PNG or events; a wildcard is no wish for any of them."""
     weights: dict[str, float] = {}
     for part in accept.split(","):
         media_type, *options = (piece.strip().lower() for piece in part.split(";"))
@@ -57,4 +65,5 @@ def prefers_png(accept: str) -> bool:
             weights[media_type] = float(quality)
         except ValueError:
             weights[media_type] = 0.0
-    return weights.get("image/png", 0.0) > weights.get("application/json", 0.0)
+    best = max((JSON, PNG, sse.MEDIA_TYPE), key=lambda kind: weights.get(kind, 0.0))
+    return best if weights.get(best, 0.0) > 0 else JSON

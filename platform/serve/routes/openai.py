@@ -52,15 +52,15 @@ def _add_images(app: FastAPI, service: Service) -> None:
         body = await read_body(http, ImagesBody, limit)
         request = body.request()
         try:
-            model, result = await service.generate(request, model_id=body.model)
+            _, work = await service.accept(request, model_id=body.model)
         except InvalidRequest as error:
             if error.param in ("width", "height"):  # what this route calls size
                 raise InvalidRequest(f"size: {error.message}", param="size") from error
             raise
-        width, height = model.limits.size_of(request)
+        result = await service.generate(work)
         reply = ImagesReply(
             created=int(time.time()),
             data=[ImageData(b64_json=base64.b64encode(png).decode()) for png in result.images],
-            size=f"{width}x{height}",
+            size=f"{work.request.width}x{work.request.height}",
         )
         return JSONResponse(reply.model_dump())

@@ -2,37 +2,37 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from lorafleet.core.generation import GenerationRequest
 from lorafleet.sdxl.base import Base, load_base
 from lorafleet.sdxl.config import BaseConfig
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.work import Work
 
 
 class LocalBackend:
-    """One pipeline in one thread, as a replica has it."""
+    """One pipeline with its engine in a thread, as a replica has it."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def model(self) -> ModelInfo:
         return self._pipeline.model
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult:
-        deadline = time.monotonic() + timeout_s
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: self._pipeline.generate(request, deadline=deadline))
+    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
+        return await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
+
+    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+        return self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +45,18 @@ def pipeline(emojixl: Base) -> Pipeline:
     return Pipeline(emojixl)
 
 
+@pytest.fixture(scope="session")
+def running_pipeline() -> Iterator[Pipeline]:
+    """Its engine has a thread and a base of its own."""
+    pipeline = Pipeline(load_base(BaseConfig(device="cpu"))).start()
+    yield pipeline
+    pipeline.close()
+
+
 @pytest.fixture
-def make_app(pipeline: Pipeline) -> Callable[..., FastAPI]:
+def make_app(running_pipeline: Pipeline) -> Callable[..., FastAPI]:
     def make(**settings: object) -> FastAPI:
-        return create_app(ServeSettings.model_validate(settings), LocalBackend(pipeline))
+        return create_app(ServeSettings.model_validate(settings), LocalBackend(running_pipeline))
 
     return make
 

@@ -1,7 +1,7 @@
 import base64
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -9,12 +9,13 @@ import pytest
 from fastapi import FastAPI
 
 from lorafleet.core.errors import NotReady
-from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.recipe import extract
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.events import Event, Queued
 from lorafleet.serve.result import GenerationResult, ModelInfo
-from lorafleet.serve.routes.generate import prefers_png
+from lorafleet.serve.routes.generate import preferred_type
+from lorafleet.serve.work import Work
 
 MakeApp = Callable[..., FastAPI]
 QUICK = {"prompt": "red apple", "steps": 1, "seed": 7}
@@ -59,19 +60,20 @@ def test_png_bytes_hold_one_image(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accept", "png"),
+    ("accept", "answer"),
     [
-        ("image/png", True),
-        ("image/png, application/json;q=0.5", True),
-        ("*/*", False),
-        ("", False),
-        ("application/json, image/png", False),
-        ("image/png;q=0", False),
-        ("image/png;q=x", False),
+        ("image/png", "image/png"),
+        ("image/png, application/json;q=0.5", "image/png"),
+        ("text/event-stream, image/png;q=0.9", "text/event-stream"),
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("application/json, image/png", "application/json"),
+        ("image/png;q=0", "application/json"),
+        ("image/png;q=x", "application/json"),
     ],
 )
-def test_which_answer_an_accept_header_prefers(accept: str, png: bool) -> None:
-    assert prefers_png(accept) is png
+def test_which_answer_an_accept_header_prefers(accept: str, answer: str) -> None:
+    assert preferred_type(accept) == answer
 
 
 def test_another_bases_recipe_is_a_conflict(client: Any) -> None:
@@ -206,8 +208,12 @@ class BrokenBackend:
     async def model(self) -> ModelInfo:
         raise self.error
 
-    async def generate(self, request: GenerationRequest, timeout_s: float) -> GenerationResult:
+    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
         raise self.error
+
+    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+        raise self.error
+        yield Queued()
 
 
 def test_no_replica_is_not_ready(client_of: Any) -> None:

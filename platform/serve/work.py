@@ -1,0 +1,58 @@
+"""What the gateway asks a replica to do. Imports no torch, so that the gateway need not either."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from lorafleet.core.generation import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures to begin with, at the size of the images to make: PNGs, `image` RGB, `mask` grey (white is drawn anew).
+
+    Of the request's steps only the last `strength` are taken.
+    """
+
+    image: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    strength: float = 0.8
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, nothing left open: size and seed are set. `previews`: small pictures on the way, per image.
+
+    `is_seeded`: the seed is the caller's, not one drawn here; only then can the same be asked for again.
+    """
+
+    request: GenerationRequest
+    start: Start | None = None
+    previews: int = 0
+    is_seeded: bool = True
+
+    def cost(self) -> float:
+        """How much there is to do, in megapixels that go through the UNet; encoding and decoding count as two more.
+
+        Size is set.
+        """
+        request = self.request
+        assert request.width is not None
+        assert request.height is not None
+        steps = request.steps * (1.0 if self.start is None else self.start.strength)
+        evaluations = (2 if request.scheduler == "heun" else 1) * steps + 2
+        rows = 2 if request.guidance_scale > 1 else 1
+        return request.num_images * evaluations * rows * request.width * request.height / 1e6
+
+    def fingerprint(self, base: str) -> str:
+        """The same for work that makes the same images with the base of that fingerprint (a seed drawn here left out).
+
+        Whatever else may shape an image, such as adapters, belongs in here.
+        """
+        asked = self.request.model_dump(mode="json", exclude=set() if self.is_seeded else {"seed"})
+        start = None
+        if self.start is not None:
+            digests = [hashlib.sha256(picture or b"").hexdigest() for picture in (self.start.image, self.start.mask)]
+            start = [*digests, self.start.strength]
+        content = json.dumps([base, asked, start], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,30 @@
+"""Where adapters are stored, and how much of this machine they take."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RegistryConfig(BaseModel):
+    """The adapter registry. Credentials are no settings: they come from where the store's own library looks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a folder, or s3://bucket/folder (another store that fsspec knows works too); left out: "
+        "LORAFLEET_HOME/registry",
+    )
+    endpoint_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="address of an S3 that is not Amazon's, such as http://minio:9000; left out: what "
+        "AWS_ENDPOINT_URL says",
+    )
+    max_adapter_bytes: int = Field(
+        default=2 << 30, ge=1024, le=64 << 30, description="bytes of an adapter file; a larger one is refused"
+    )
+    cache_bytes: int = Field(
+        default=50 << 30,
+        ge=0,
+        description="bytes of LORAFLEET_HOME/cache/adapters; above it, the files that were not asked for longest go",
+    )

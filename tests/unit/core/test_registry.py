@@ -4,13 +4,14 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +51,14 @@ def check(file: Path) -> AdapterFacts:
 
 def registry_at(folder: Path, cache: Path | None = None) -> Registry:
     return Registry(FolderStorage(folder), AdapterCache(cache or folder.with_name("cache"), 1 << 30))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unsafe_but_quick() -> Iterator[None]:
+    """Whether a disk keeps what it said it keeps is not tested here, and thousands of writes are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture
@@ -786,23 +795,22 @@ def write_manifest(storage: Storage, name: str, version: str, pushed_s: float = 
 
 
 @pytest.fixture(scope="module")
-def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("many") / "fleet"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        storage = FolderStorage(folder)
-        manifest = Manifest.model_validate(
-            {**FACTS.model_dump(), "name": "x", "version": "0" * 64, "size_bytes": 1000, "pushed_at": datetime.now(UTC)}
-        )
-        for number in range(10_000):
-            name, version = f"adapter-{number:05}", f"{number:064x}"
-            file = folder / manifest_path(name, version)
-            file.parent.mkdir(parents=True)
-            file.write_text(manifest.model_copy(update={"name": name, "version": version}).model_dump_json())
-            (folder / alias_path(name, "latest")).parent.mkdir()
-            (folder / alias_path(name, "latest")).write_text(version)
-        AdapterIndex(storage).entries()  # builds it
-    return folder
+    storage = FolderStorage(folder)
+    manifest = Manifest.model_validate(
+        {**FACTS.model_dump(), "name": "x", "version": "0" * 64, "size_bytes": 1000, "pushed_at": datetime.now(UTC)}
+    )
+    for number in range(10_000):
+        name, version = f"adapter-{number:05}", f"{number:064x}"
+        file = folder / manifest_path(name, version)
+        file.parent.mkdir(parents=True)
+        file.write_text(manifest.model_copy(update={"name": name, "version": version}).model_dump_json())
+        (folder / alias_path(name, "latest")).parent.mkdir()
+        (folder / alias_path(name, "latest")).write_text(version)
+    AdapterIndex(storage).entries()  # builds it
+    yield folder
+    shutil.rmtree(folder)  # pytest would keep three of them, and take seconds for each
 
 
 def test_ten_thousand_are_listed_within_a_second(ten_thousand: Path) -> None:

@@ -189,7 +189,7 @@ def test_every_method_translates(tmp_path: Path, act: str) -> None:
         acts[act]()
 
 
-@pytest.mark.parametrize("act", ["read_all", "find", "upload", "unfinished"])
+@pytest.mark.parametrize("act", ["read_all", "upload"])
 def test_an_s3_that_is_down_is_one_sentence_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
@@ -199,9 +199,7 @@ def test_an_s3_that_is_down_is_one_sentence_soon(tmp_path: Path, monkeypatch: py
         storage = open_storage("s3://fleet/x", endpoint_url=f"http://127.0.0.1:{taken.getsockname()[1]}")
         acts: dict[str, Callable[[], object]] = {
             "read_all": lambda: storage.read_all(["x", "y"]),
-            "find": lambda: storage.find(""),
             "upload": lambda: storage.upload(tmp_path / "file", "x", quiet),
-            "unfinished": storage.unfinished,
         }
         start = time.monotonic()
         with pytest.raises(StorageUnavailable, match="s3://fleet/x cannot be used .Could not connect") as raised:

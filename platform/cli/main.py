@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from lorafleet.cli.adapters import adapters
 from lorafleet.cli.doctor import doctor
 from lorafleet.cli.generate import generate
 from lorafleet.cli.serve import serve
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (serve, generate, doctor, version):
     app.command()(command)
+app.add_typer(adapters, name="adapters")
 
 
 def main() -> None:

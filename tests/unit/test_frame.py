@@ -160,11 +160,12 @@ def test_the_readme_names_only_what_is_there(repo: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (repo / link).exists(), link
     help_ = {}
-    for command in set(re.findall(r"\.venv/bin/lorafleet (\w+)", readme)):
+    called = re.findall(r"\.venv/bin/lorafleet ((?:adapters )?\w+)([^#\n]*)", readme)
+    for command in {command for command, _ in called}:
         name = str(Path(sys.executable).with_name("lorafleet"))
-        done = subprocess.run([name, command, "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run([name, *command.split(), "--help"], capture_output=True, text=True, check=True)
         help_[command] = done.stdout
-    for command, rest in re.findall(r"\.venv/bin/lorafleet (\w+)([^#\n]*)", readme):
+    for command, rest in called:
         for flag in re.findall(r"(?<!\S)(--?[a-z-]+)", rest):
             assert flag in help_[command], (command, flag)
 

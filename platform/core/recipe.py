@@ -33,6 +33,7 @@ from lorafleet.core.ranges import invalid_request
 CHUNK: Final = "lorafleet"
 MAX_PNG_BYTES: Final = 64 << 20
 MAX_RECIPE_BYTES: Final = 64 << 10
+COMPRESSION: Final = 1  # of 9: a noisy picture of 1024 x 1024 takes 90 ms in place of 150, and 12 % more bytes
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _SAMPLERS: Final[dict[str, str]] = {
@@ -58,6 +59,16 @@ class BaseRef(BaseModel):
     fingerprint: str = Field(min_length=1, max_length=200, description="hash of its weights")
 
 
+class RecipeStart(BaseModel):
+    """The pictures that an image was made from, by the SHA-256 of their pixels at its size; they are not inside."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    image: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the picture: RGB")
+    mask: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of what was drawn anew: grey")
+    strength: float = Field(ge=0, le=1, description="the part of the steps that was taken")
+
+
 class Recipe(BaseModel):
     """One image, every choice made: a GenerationRequest with nothing left open, and what ran it."""
 
@@ -73,10 +84,11 @@ class Recipe(BaseModel):
     seed: Seed
     base: BaseRef
     versions: dict[str, str]
+    start: RecipeStart | None = None
 
     def request(self) -> GenerationRequest:
         """The request for this one image."""
-        return GenerationRequest(**self.model_dump(exclude={"base", "versions"}))
+        return GenerationRequest(**self.model_dump(exclude={"base", "versions", "start"}))
 
 
 def versions() -> dict[str, str]:
@@ -98,9 +110,9 @@ def embed(image: Image.Image, recipe: Recipe) -> bytes:
     pixels.info = {}  # a colour profile or a date from elsewhere would travel along
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
-    info.add_itxt(CHUNK, recipe.model_dump_json())
+    info.add_itxt(CHUNK, recipe.model_dump_json(exclude={"start"} if recipe.start is None else None))
     buffer = io.BytesIO()
-    pixels.save(buffer, "PNG", pnginfo=info)
+    pixels.save(buffer, "PNG", pnginfo=info, compress_level=COMPRESSION)
     return buffer.getvalue()
 
 
@@ -135,7 +147,7 @@ def parameters(recipe: Recipe) -> str:
     lines = [recipe.prompt]
     if recipe.negative_prompt:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    settings = {
+    settings: dict[str, object] = {
         "Steps": recipe.steps,
         "Sampler": _SAMPLERS[recipe.scheduler],
         "CFG scale": recipe.guidance_scale,
@@ -145,6 +157,8 @@ def parameters(recipe: Recipe) -> str:
         "Model": recipe.base.id.rstrip("/").rpartition("/")[2],
         "Version": f"lorafleet {recipe.versions.get('lorafleet', '')}".rstrip(),
     }
+    if recipe.start is not None:
+        settings["Denoising strength"] = recipe.start.strength
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
     return "\n".join(lines)
 

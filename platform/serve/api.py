@@ -29,7 +29,7 @@ from lorafleet.core.errors import (
 from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, UnsupportedMediaType
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge
-from lorafleet.serve.routes import documents, generate, health, openai
+from lorafleet.serve.routes import documents, generate, health, huggingface, images, models
 from lorafleet.serve.routes.generate import SEED_HEADER
 from lorafleet.serve.schemas import ErrorDetail, ErrorInfo, ErrorReply
 from lorafleet.serve.service import Backend, ModelNotFound, Service
@@ -78,7 +78,7 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
         redirect_slashes=False,
         openapi_url=None,
     )
-    for routes in (health, openai, generate, documents):
+    for routes in (health, models, generate, images, huggingface, documents):
         routes.add(app, service)
     for kind in (LorafleetError, HTTPException):
         app.add_exception_handler(kind, lambda _, error: error_response(error))

@@ -1,17 +1,26 @@
-"""Reads a request's JSON body: bounded while it streams in, strictly parsed, every fault named."""
+"""Reads a request's body, JSON or a form: bounded while it streams in, strictly parsed, every fault named."""
 
+import asyncio
 import difflib
+from collections.abc import AsyncGenerator, Callable, Collection
 from typing import Any, Final, TypeVar
 
 import pydantic_core
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from lorafleet.core.errors import InvalidRequest, LorafleetError
-from lorafleet.core.ranges import allowed, short
+from lorafleet.core.ranges import accepts, allowed, short
 
 M = TypeVar("M", bound=BaseModel)
+N = TypeVar("N", bound=BaseModel)
+Files = dict[str, list[bytes]]
 JSON_TYPE: Final = "application/json"
+FORM_TYPE: Final = "multipart/form-data"
+LARGE_BYTES: Final = 1 << 18  # 1 ms to parse; more is parsed off the event loop
+MAX_FILES, MAX_FIELDS = 20, 100
 
 
 class MalformedBody(LorafleetError):
@@ -42,44 +51,122 @@ class InvalidBody(InvalidRequest):
 
 async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
     """The body as `model`. Raises UnsupportedMediaType, BodyTooLarge, MalformedBody or InvalidBody."""
-    media_type = request.headers.get("content-type", "")
-    if media_type.partition(";")[0].strip().lower() != JSON_TYPE:
-        raise UnsupportedMediaType(f"content-type must be {JSON_TYPE}, got {short(media_type)}")
-    return parse_body(await _read_bytes(request, max_bytes), model)
+    return parse_fields(await _read_json(request, max_bytes), model)
+
+
+async def read_either(
+    request: Request, first: type[M], second: type[N], is_second: Callable[[dict[str, Any]], bool], max_bytes: int
+) -> M | N:
+    """As `read_body`, by one of two models."""
+    content = await _read_json(request, max_bytes)
+    return parse_fields(content, second) if is_second(content) else parse_fields(content, first)
 
 
 def parse_body(raw: bytes, model: type[M]) -> M:
-    """JSON text as `model`. NaN and Infinity, which JSON does not have, are malformed; so is nesting 200 deep."""
+    """JSON text as `model`. Raises MalformedBody or InvalidBody."""
+    return parse_fields(_parse_json(raw), model)
+
+
+async def _read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    media_type = request.headers.get("content-type", "")
+    if media_type.partition(";")[0].strip().lower() != JSON_TYPE:
+        raise UnsupportedMediaType(f"content-type must be {JSON_TYPE}, got {short(media_type)}")
+    raw = b"".join([chunk async for chunk in _chunks(request, max_bytes)])
+    return _parse_json(raw) if len(raw) <= LARGE_BYTES else await asyncio.to_thread(_parse_json, raw)
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """NaN and Infinity, which JSON does not have, are malformed; so is nesting 200 deep."""
     try:
         content = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBody(f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise MalformedBody(f"the body must be a JSON object, got {short(content)}")
-    # JSON has one kind of number, and JSON Schema calls 20.0 an integer: so do we, as the API's document says.
-    content = {
-        name: int(value) if isinstance(value, float) and value.is_integer() else value
-        for name, value in content.items()
-    }
+    return content
+
+
+def parse_fields(content: dict[str, Any], model: type[M]) -> M:
+    """Raises InvalidBody."""
     try:
-        return model.model_validate(content)
+        return model.model_validate(_whole_numbers(content))
     except ValidationError as error:
         # include_input: unparsed input may be huge; `short` cuts what is shown of it.
         faults = [_fault(problem, model) for problem in error.errors(include_url=False)]
         raise InvalidBody(faults[0][0], param=faults[0][1], faults=faults) from None
 
 
-async def _read_bytes(request: Request, max_bytes: int) -> bytes:
+async def read_form(request: Request, model: type[M], files: Collection[str], max_bytes: int) -> tuple[M, Files]:
+    """A multipart form as `model`, and the files in it under each of the names in `files`.
+
+    Raises UnsupportedMediaType, BodyTooLarge, MalformedBody or InvalidBody.
+    """
+    media_type = request.headers.get("content-type", "")
+    if media_type.partition(";")[0].strip().lower() != FORM_TYPE:
+        raise UnsupportedMediaType(f"content-type must be {FORM_TYPE}, got {short(media_type)}")
+    parser = MultiPartParser(
+        request.headers,
+        _chunks(request, max_bytes),
+        max_files=MAX_FILES,
+        max_fields=MAX_FIELDS,
+        max_part_size=max_bytes,
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError, LookupError) as error:
+        raise MalformedBody(f"the body is not a valid multipart form: {error}") from None
+    fields: dict[str, Any] = {}
+    found: Files = {name: [] for name in files}
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in found:
+                    raise InvalidRequest(f"unknown file {short(name)}: known are {', '.join(files)}", param=name)
+                found[name].append(await value.read())
+            elif name in found:
+                raise InvalidRequest(f"{name} must be a file, got text", param=name)
+            elif name in fields:
+                raise InvalidRequest(f"{name} is there more than once", param=name)
+            else:
+                fields[name] = _typed(value, model, name)
+    finally:
+        await form.close()
+    return parse_fields(fields, model), found
+
+
+def _typed(text: str, model: type[BaseModel], name: str) -> object:
+    """A form's fields are text; a number, true or false where the model wants one."""
+    if accepts(model, (name,)) & {"integer", "number", "boolean"}:
+        try:
+            value: object = pydantic_core.from_json(text.strip().lower(), allow_inf_nan=False)
+        except ValueError:
+            return text
+        return value if isinstance(value, bool | int | float) else text
+    return text
+
+
+def _whole_numbers(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON has one kind of number, and JSON Schema calls 20.0 an integer: so do we, as the API's document says."""
+    whole: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, float) and value.is_integer():
+            whole[name] = int(value)
+        else:
+            whole[name] = _whole_numbers(value) if isinstance(value, dict) else value
+    return whole
+
+
+async def _chunks(request: Request, max_bytes: int) -> AsyncGenerator[bytes]:
     announced = request.headers.get("content-length", "")
     too_large = BodyTooLarge(f"the body must be at most {max_bytes} bytes")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
         raise too_large
-    body = bytearray()
+    read = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
+        read += len(chunk)
+        if read > max_bytes:
             raise too_large
-    return bytes(body)
+        yield chunk
 
 
 def _fault(problem: Any, model: type[BaseModel]) -> tuple[str, str | None]:

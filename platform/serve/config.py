@@ -157,7 +157,10 @@ class ServeSettings(BaseModel):
         default=300.0, gt=0, le=3600, description="seconds a request may take, waiting included; then it gets a 504"
     )
     max_body_bytes: int = Field(
-        default=1 << 20, ge=1024, le=1 << 30, description="bytes of a request body; a larger one gets a 413"
+        default=16 << 20,
+        ge=1024,
+        le=1 << 30,
+        description="bytes of a request body, pictures in it included; a larger one gets a 413",
     )
     cors_origins: tuple[str, ...] = Field(
         default=(),

@@ -8,10 +8,24 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
-from lorafleet.serve.schemas import ErrorReply, GenerateBody, ImagesBody
+from lorafleet.serve.schemas import EditsBody, ErrorReply, GenerateBody, ImagesBody, ImageToImageBody, TextToImageBody
 
 MAY_FAIL: Final = (400, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
+BODIES: Final = (GenerateBody, ImagesBody, EditsBody, TextToImageBody, ImageToImageBody)
 _REF: Final = "#/components/schemas/{model}"
+# What each body calls the steps, of which lcm takes fewer.
+_STEPS: Final = {
+    "GenerateBody": "steps",
+    "ImagesBody": "num_inference_steps",
+    "EditsBody": "num_inference_steps",
+    "TextToImageParameters": "num_inference_steps",
+    "ImageToImageParameters": "num_inference_steps",
+}
+_FILES: Final = {
+    "image": "the picture to edit: PNG, JPEG or WebP, at most 16 megapixels; image[] is taken too",
+    "mask": "a picture as large as image; what is transparent in it is drawn anew, the rest kept",
+}
+_ABOUT_INIT_IMAGE: Final = {"mask": "string", "strength": "number", "start": "object"}
 _WHEN: Final = {
     400: "the body is not JSON",
     404: "no such model",
@@ -31,35 +45,56 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorReply, "description": _WHEN[status]} for status in statuses}
 
 
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """The `openapi_extra` of a route that reads `model`."""
-    schema = {"$ref": _REF.format(model=model.__name__)}
+def json_body(*models: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads one of `models`."""
+    schemas = [{"$ref": _REF.format(model=model.__name__)} for model in models]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads a form of `model`'s fields."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def describe(app: FastAPI, limits: BaseLimits | None) -> dict[str, Any]:
     """The document; with `limits`, sizes are given as the loaded base takes them."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, bodies = models_json_schema([(GenerateBody, "validation"), (ImagesBody, "validation")], ref_template=_REF)
+    _, bodies = models_json_schema([(model, "validation") for model in BODIES], ref_template=_REF)
     schemas = document["components"]["schemas"]
     schemas.update(bodies["$defs"])
     if limits is not None:
         _narrow_sizes(schemas, limits)
-    for name, steps in (("GenerateBody", "steps"), ("ImagesBody", "num_inference_steps")):
+    for name, steps in _STEPS.items():
         is_lcm = {"properties": {"scheduler": {"const": "lcm"}}, "required": ["scheduler"]}
         schemas[name] |= {"if": is_lcm, "then": {"properties": {steps: {"maximum": MAX_LCM_STEPS}}}}
+    schemas["EditsBody"]["required"].append("image")
+    for field in schemas["EditsBody"]["properties"].values():
+        if "anyOf" in field:  # a form has no null
+            field["anyOf"] = [option for option in field["anyOf"] if option.get("type") != "null"]
+    for name, description in _FILES.items():
+        schemas["EditsBody"]["properties"][name] = {"type": "string", "format": "binary", "description": description}
+    schemas["GenerateBody"]["allOf"] = [_needs_init_image(name, kind) for name, kind in _ABOUT_INIT_IMAGE.items()]
     return document
 
 
+def _needs_init_image(name: str, kind: str) -> dict[str, Any]:
+    return {
+        "if": {"properties": {name: {"type": kind}}, "required": [name]},
+        "then": {"properties": {"init_image": {"type": "string"}}, "required": ["init_image"]},
+    }
+
+
 def _narrow_sizes(schemas: dict[str, Any], limits: BaseLimits) -> None:
-    for name, default in (("width", limits.default_width_px), ("height", limits.default_height_px)):
-        field = schemas["GenerateBody"]["properties"][name]
-        field["description"] = f"pixels; left out: {default}"
-        field["anyOf"][0] |= {
-            "minimum": limits.min_side_px,
-            "maximum": limits.max_side_px,
-            "multipleOf": limits.grid_px,
-        }
+    of_a_side = {"minimum": limits.min_side_px, "maximum": limits.max_side_px, "multipleOf": limits.grid_px}
+    for model in ("GenerateBody", "TextToImageParameters", "ImageToImageParameters", "TargetSize"):
+        for name, default in (("width", limits.default_width_px), ("height", limits.default_height_px)):
+            field = schemas[model]["properties"][name]
+            options = field.get("anyOf", [field])
+            options[0] |= of_a_side
+            if len(options) > 1:
+                field["description"] = f"pixels; left out: {default}"
     side = "|".join(str(px) for px in range(limits.min_side_px, limits.max_side_px + 1, limits.grid_px))
-    size = schemas["ImagesBody"]["properties"]["size"]["anyOf"][0]
-    size["pattern"] = f"^(auto|({side})x({side}))$"
+    for model in ("ImagesBody", "EditsBody"):
+        schemas[model]["properties"]["size"]["anyOf"][0]["pattern"] = f"^(auto|({side})x({side}))$"

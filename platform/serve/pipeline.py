@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import math
 import secrets
 import threading
 import time
@@ -160,6 +159,7 @@ class Pipeline:
             seed=seed,
             base=self.model.ref,
             versions=self._versions,
+            start=None if work.start is None else work.start.recipe,
         )
         return embed(result.image, recipe)
 
@@ -190,7 +190,7 @@ def _preview_every(work: Work) -> int:
         return 0
     steps = work.request.steps * (1.0 if work.start is None else work.start.strength)
     evaluations = 2 * steps - 1 if work.request.scheduler == "heun" else steps
-    return max(1, math.ceil(evaluations / (work.previews + 1)))
+    return max(1, int(evaluations / (work.previews + 1)))
 
 
 def _picture(data: bytes | None) -> Image.Image | None:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import (
     GenerationRequest,
     Guidance,
@@ -12,11 +13,18 @@ from lorafleet.core.generation import (
     Prompt,
     SchedulerName,
     Seed,
+    SidePx,
     Steps,
 )
-from lorafleet.core.recipe import BaseRef
+from lorafleet.core.recipe import BaseRef, RecipeStart
+from lorafleet.serve.pictures import Upload, from_base64
 
 MAX_PREVIEWS: Final = 8
+STRENGTH: Final = 0.8
+EDIT_STRENGTH: Final = 0.7
+
+Strength = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+PictureText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "picture"})]
 
 
 class GenerateBody(GenerationRequest):
@@ -27,12 +35,37 @@ class GenerateBody(GenerationRequest):
         default=None, description="what made the image, as a recipe says it; not checked"
     )
 
+    start: RecipeStart | None = Field(default=None, description="what pictures a recipe needs; others are a 409")
+    init_image: PictureText | None = Field(
+        default=None,
+        description="a picture to begin with: PNG, JPEG or WebP in base64, at most 16 megapixels; width and height, if "
+        "left out, follow its proportions",
+    )
+    mask: PictureText | None = Field(
+        default=None, description="a picture as large as init_image; what is white in it is drawn anew, the rest kept"
+    )
+    strength: Strength | None = Field(
+        default=None,
+        description=f"the part of the steps that is taken from init_image on, at least one; left out: {STRENGTH:g}",
+    )
     previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] = Field(
-        default=0, description="small pictures of each image on its way, with Accept: text/event-stream"
+        default=0, description="small pictures of each image on its way, at most, among its events"
     )
 
     def request(self) -> GenerationRequest:
-        return GenerationRequest(**self.model_dump(include=set(GenerationRequest.model_fields)))
+        return GenerationRequest.model_construct(**self.model_dump(include=set(GenerationRequest.model_fields)))
+
+    def upload(self) -> Upload | None:
+        """Raises InvalidRequest for what is not base64, or not there."""
+        if self.init_image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest(f"{name} needs init_image, the picture that it is about", param=name)
+            return None
+        mask = None if self.mask is None else from_base64(self.mask, "mask")
+        by_default = STRENGTH if self.start is None else self.start.strength
+        strength = by_default if self.strength is None else self.strength
+        return Upload(from_base64(self.init_image, "init_image"), mask, strength)
 
 
 class GenerateReply(BaseModel):
@@ -46,16 +79,8 @@ class GenerateReply(BaseModel):
     warnings: list[str] = Field(description="what was done otherwise than asked, such as a prompt cut short")
 
 
-def _refuse_streaming(value: Any) -> Any:
-    if value is True:
-        raise ValueError("streaming is not offered yet: leave stream out")
-    if value == 0 and value is not False:  # which pydantic takes for false, and JSON does not
-        raise ValueError(f"stream must be false, got {value}")
-    return value
-
-
-class ImagesBody(BaseModel):
-    """Body of `POST /v1/images/generations`: OpenAI's, and seed to scheduler as extras."""
+class ImagesFields(BaseModel):
+    """What OpenAI's generations and edits share, and seed to scheduler as extras."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -70,17 +95,16 @@ class ImagesBody(BaseModel):
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
         default=None, description="no effect on a PNG"
     )
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         default=None, description="no effect: num_inference_steps decides"
     )
-    style: Literal["vivid", "natural"] | None = Field(default=None, description="no effect")
     background: Literal["auto", "opaque"] | None = Field(default=None, description="images are opaque")
-    moderation: Literal["auto", "low"] | None = Field(default=None, description="no effect")
     user: Annotated[str, Field(max_length=1000)] | None = Field(default=None, description="no effect")
-    stream: Annotated[Literal[False], BeforeValidator(_refuse_streaming)] | None = Field(
-        default=None, description="not offered yet"
+    safety_identifier: Annotated[str, Field(max_length=1000)] | None = Field(default=None, description="no effect")
+    stream: bool | None = Field(default=None, description="send events, images as they are done")
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        default=None, description="with stream: pictures of each image on its way, at most"
     )
-    partial_images: Annotated[int, Field(ge=0, le=0)] | None = Field(default=None, description="not offered yet")
     seed: Seed | None = Field(default=None, description="noise seed of the first image; left out: a random one")
     negative_prompt: NegativePrompt | None = Field(default=None, description="what to avoid")
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps; left out: 20")
@@ -107,6 +131,22 @@ class ImagesBody(BaseModel):
         return GenerationRequest.model_construct(**given)
 
 
+class ImagesBody(ImagesFields):
+    """Body of `POST /v1/images/generations`."""
+
+    style: Literal["vivid", "natural"] | None = Field(default=None, description="no effect")
+    moderation: Literal["auto", "low"] | None = Field(default=None, description="no effect")
+
+
+class EditsBody(ImagesFields):
+    """Fields of the form of `POST /v1/images/edits`; `image` and `mask` are files beside them."""
+
+    strength: Strength | None = Field(
+        default=None, description=f"the part of the steps that is taken; left out: {EDIT_STRENGTH:g}, with a mask 1"
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description="no effect: strength decides")
+
+
 class ImageData(BaseModel):
     b64_json: str = Field(description="a PNG in base64, with its recipe inside")
 
@@ -118,6 +158,51 @@ class ImagesReply(BaseModel):
     data: list[ImageData]
     size: str = Field(description="WIDTHxHEIGHT in pixels")
     output_format: Literal["png"] = "png"
+
+
+class TargetSize(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    width: SidePx
+    height: SidePx
+
+
+class TextToImageParameters(BaseModel):
+    """Hugging Face's names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    negative_prompt: NegativePrompt | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    scheduler: SchedulerName | None = None
+    seed: Seed | None = None
+    width: SidePx | None = None
+    height: SidePx | None = None
+
+
+class ImageToImageParameters(TextToImageParameters):
+    prompt: Prompt
+    target_size: TargetSize | None = None
+    strength: Strength | None = None
+
+
+class TextToImageBody(BaseModel):
+    """Body of `POST /models/{name}`: Hugging Face's text-to-image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    inputs: Prompt = Field(description="what to draw, 1 to 2000 characters")
+    parameters: TextToImageParameters | None = None
+
+
+class ImageToImageBody(BaseModel):
+    """Body of `POST /models/{name}`: Hugging Face's image-to-image, told by `parameters.prompt`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    inputs: PictureText = Field(description="a picture to begin with: PNG, JPEG or WebP in base64")
+    parameters: ImageToImageParameters
 
 
 class ModelCard(BaseModel):

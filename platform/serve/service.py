@@ -6,18 +6,21 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
-from lorafleet.core.errors import DeadlineExceeded, LorafleetError, RecipeMismatch
+from lorafleet.core.errors import DeadlineExceeded, InvalidRequest, LorafleetError, RecipeMismatch
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
-from lorafleet.core.recipe import BaseRef
+from lorafleet.core.recipe import BaseRef, RecipeStart
 from lorafleet.serve.admission import Admission
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Done, Event, Image, Queued
+from lorafleet.serve.pictures import Upload, prepare
 from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.runs import Run
-from lorafleet.serve.work import Work
+from lorafleet.serve.work import Start, Work
 
 ErrorBody = Callable[[Exception], dict[str, Any]]
 DEADLINE_GRACE_S: Final = 5.0  # a replica notices a passed deadline itself, within one step; then the gateway does
+
+DECODINGS: Final = 2  # uploaded pictures that are in memory decoded at a time, up to 130 MB each with its mask
 
 
 class ModelNotFound(LorafleetError):
@@ -48,6 +51,7 @@ class Service:
         self.error_body = error_body
         self.known_model: ModelInfo | None = None
         self._backend = backend
+        self._decoding = asyncio.Semaphore(DECODINGS)
         self._admission = Admission(servers=settings.replicas, max_queued=settings.max_queued)
 
     async def model(self) -> ModelInfo:
@@ -61,9 +65,14 @@ class Service:
         *,
         base: BaseRef | None = None,
         model_id: str | None = None,
+        upload: Upload | None = None,
+        start: RecipeStart | None = None,
         previews: int = 0,
     ) -> tuple[ModelInfo, Work]:
-        """The request with nothing left open. Raises what is wrong with it."""
+        """The request with nothing left open. Raises what is wrong with it.
+
+        `base` and `start` are what a recipe asks for: it would not make the same image from anything else.
+        """
         model = self.known_model or await self.model()
         if model_id is not None and model_id != model.ref.id:
             raise ModelNotFound(f"no model {model_id!r}: known are {model.ref.id}", param="model")
@@ -73,11 +82,17 @@ class Service:
                 f"{model.ref.fingerprint[:12]} is loaded: start the service with that base, or leave base out",
                 param="base.fingerprint",
             )
+        prepared: Start | None = None
+        if upload is not None:
+            async with self._decoding:
+                request, prepared = await asyncio.to_thread(prepare, upload, request, model.limits)
+        if start is not None:
+            _check_start(prepared, start)
         model.limits.check(request)
         width, height = model.limits.size_of(request)
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         settled = request.model_copy(update={"width": width, "height": height, "seed": seed})
-        return model, Work(settled, previews=previews, is_seeded=request.seed is not None)
+        return model, Work(settled, prepared, previews=previews, is_seeded=request.seed is not None)
 
     def start(self, work: Work, *, is_detailed: bool) -> Run:
         """Begins the work; without details there are no events before the images. Raises Overloaded.
@@ -111,3 +126,14 @@ class Service:
         for number, (png, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
             yield Image(number, seed, png)
         yield Done(result.timings, result.warnings)
+
+
+def _check_start(start: Start | None, expected: RecipeStart) -> None:
+    if start is None:
+        raise InvalidRequest("this recipe's image was made from a picture: send that as init_image", param="init_image")
+    for name, ours, theirs in (
+        ("init_image", start.recipe.image, expected.image),
+        ("mask", start.recipe.mask, expected.mask),
+    ):
+        if ours != theirs:
+            raise RecipeMismatch(f"{name} is not the picture that the recipe names in start: send that one", param=name)

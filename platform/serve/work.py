@@ -5,18 +5,23 @@ import json
 from dataclasses import dataclass, field
 
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.recipe import RecipeStart
 
 
 @dataclass(frozen=True)
 class Start:
     """Pictures to begin with, at the size of the images to make: PNGs, `image` RGB, `mask` grey (white is drawn anew).
 
-    Of the request's steps only the last `strength` are taken.
+    Of the request's steps only the last `strength` (0 to 1, at least one step) are taken.
     """
 
     image: bytes = field(repr=False)
-    mask: bytes | None = field(default=None, repr=False)
-    strength: float = 0.8
+    mask: bytes | None = field(repr=False)
+    recipe: RecipeStart
+
+    @property
+    def strength(self) -> float:
+        return self.recipe.strength
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,6 @@ class Work:
         Whatever else may shape an image, such as adapters, belongs in here.
         """
         asked = self.request.model_dump(mode="json", exclude=set() if self.is_seeded else {"seed"})
-        start = None
-        if self.start is not None:
-            digests = [hashlib.sha256(picture or b"").hexdigest() for picture in (self.start.image, self.start.mask)]
-            start = [*digests, self.start.strength]
+        start = None if self.start is None else self.start.recipe.model_dump()
         content = json.dumps([base, asked, start], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -38,7 +38,9 @@ def add(app: FastAPI, service: Service) -> None:
             raise InvalidRequest(
                 f"num_images must be 1 with Accept: image/png, got {body.num_images}", param="num_images"
             )
-        model, work = await service.accept(body.request(), base=body.base, previews=body.previews)
+        model, work = await service.accept(
+            body.request(), base=body.base, upload=body.upload(), start=body.start, previews=body.previews
+        )
         if answer == sse.MEDIA_TYPE:
             return await respond(service.start(work, is_detailed=True), plainly, service.error_body)
         result = await service.generate(work)

@@ -111,7 +111,7 @@ def test_a_recipe_is_a_request_with_nothing_open() -> None:
         num_images=1,
     )
     asked = set(GenerationRequest.model_fields) - {"num_images"}
-    assert set(Recipe.model_fields) == asked | {"base", "versions"}
+    assert set(Recipe.model_fields) == asked | {"base", "versions", "start"}
 
 
 def test_ranges_are_those_of_a_request() -> None:

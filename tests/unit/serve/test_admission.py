@@ -2,6 +2,7 @@ import pytest
 
 from lorafleet.core.errors import Overloaded
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.recipe import RecipeStart
 from lorafleet.serve.admission import Admission
 from lorafleet.serve.work import Start, Work
 
@@ -89,4 +90,4 @@ def test_cost_counts_images_steps_rows_and_pixels() -> None:
     assert cost() == pytest.approx(12)
     assert cost(guidance_scale=5.0, num_images=2, width=500) == pytest.approx(24)
     assert cost(scheduler="heun") == pytest.approx(22)
-    assert cost(Start(b"", None, 0.5)) == pytest.approx(7)
+    assert cost(Start(b"", None, RecipeStart(image="0" * 64, strength=0.5))) == pytest.approx(7)

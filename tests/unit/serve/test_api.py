@@ -161,7 +161,8 @@ def test_openai_routes(client: Any) -> None:
     [
         ({"model": "gpt-image-1"}, 404, "model", "known are emojixl"),
         ({"size": "1024x1024"}, 422, "size", "multiple of 32 from 64 to 256"),
-        ({"stream": True}, 422, "stream", "not offered yet"),
+        ({"scheduler": "lcm", "num_inference_steps": 51}, 422, "num_inference_steps", "from 1 to 50"),
+        ({"stream": True, "partial_images": 4}, 422, "partial_images", "from 0 to 3"),
     ],
 )
 def test_openai_refusals(client: Any, body: dict[str, object], status: int, param: str, words: str) -> None:

@@ -98,7 +98,8 @@ def test_faults_inside_a_recipe_are_named_by_their_path() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("stream", True, "streaming is not offered yet"),
+        ("stream", 1, "stream must be true or false, got 1"),
+        ("partial_images", 4, "partial_images must be an integer from 0 to 3, got 4"),
         ("response_format", "url", "response_format must be b64_json, got 'url'"),
         ("output_format", "jpeg", "output_format must be png"),
         ("background", "transparent", "background must be one of auto, opaque"),

@@ -167,24 +167,26 @@ def _png_row(load: Workload, engine: Engine, variant: Variant) -> Row:
 
 
 def _measure_bank(load: Workload, variant: Variant) -> None:
+    """A step without a bank, then on one engine with it."""
     without_ms: dict[int, float] = {}
-    for what, kind, settings in (
-        ("no bank", "none", (NO_BANK,)),
-        ("a bank that nobody uses", "none", ()),
-        ("every job another adapter", "each", ()),
+    with_bank = (("a bank that nobody uses", "none"), ("every job another adapter", "each"))
+    for name, settings, cases in (
+        ("no bank", (NO_BANK,), (("no bank", "none"),)),
+        ("a bank", (), with_bank),
     ):
-        estimate_s = load.image_s * (GAP_STEPS + 4) / load.steps * sum({1, load.most})
+        estimate_s = len(cases) * load.image_s * (GAP_STEPS + 4) / load.steps * sum({1, load.most})
 
-        def measure(what: str = what, kind: str = kind, settings: tuple[str, ...] = settings) -> None:
+        def measure(settings: tuple[str, ...] = settings, cases: tuple[tuple[str, str], ...] = cases) -> None:
             with load.engine(variant, *settings) as engine:
-                for at_once in sorted({1, load.most}):
-                    row = _step_row(load, engine, f"{variant.name}: a step, {what}", kind, at_once)
-                    assert row.median_ms is not None
-                    if settings:
-                        without_ms[at_once] = row.median_ms
-                    load.report.add(_compared(row, without_ms.get(at_once)))
+                for what, kind in cases:
+                    for at_once in sorted({1, load.most}):
+                        row = _step_row(load, engine, f"{variant.name}: a step, {what}", kind, at_once)
+                        assert row.median_ms is not None
+                        if settings:
+                            without_ms[at_once] = row.median_ms
+                        load.report.add(_compared(row, without_ms.get(at_once)))
 
-        load.report.attempt("bank", f"{variant.name}: a step, {what}", estimate_s, measure)
+        load.report.attempt("bank", f"{variant.name}: a step, {name}", estimate_s, measure)
 
 
 def _step_row(load: Workload, engine: Engine, what: str, kind: str, at_once: int) -> Row:

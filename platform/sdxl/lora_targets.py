@@ -63,6 +63,8 @@ def find_targets(parts: Mapping[str, torch.nn.Module], fingerprint: str) -> Targ
     for part, model in parts.items():
         names: list[str] = []
         for path, module in model.named_modules():
+            if ".processor." in path:
+                continue  # what serving puts there is none of the base's
             name = _file_name(part, path)
             if isinstance(module, torch.nn.Linear):
                 linears[f"{part}.{name}"] = (module.out_features, module.in_features)

@@ -1,5 +1,6 @@
 """Prompts to embeddings, with both text encoders of SDXL."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,19 @@ class PromptEmbedding:
     dropped_text: str = ""
 
 
+RunEncoder = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def run_encoder(encoder: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The penultimate hidden states [1, L, d] and the first output, which of the second encoder is pooled [1, P]."""
+    output = encoder(token_ids, output_hidden_states=True)
+    return output.hidden_states[-2], output[0]
+
+
 @torch.inference_mode()
-def encode_prompt(base: Base, prompt: str) -> PromptEmbedding:
-    """Equals diffusers' `StableDiffusionXLPipeline.encode_prompt` bit for bit. Safe for several threads."""
+def encode_prompt(base: Base, prompt: str, run: RunEncoder = run_encoder) -> PromptEmbedding:
+    """Equals diffusers' `StableDiffusionXLPipeline.encode_prompt` bit for bit. Safe for several threads, if `run`,
+    which is called for each encoder, is so."""
     pipeline = base.pipeline
     hidden: list[torch.Tensor] = []
     pooled = torch.empty(0)
@@ -33,9 +44,8 @@ def encode_prompt(base: Base, prompt: str) -> PromptEmbedding:
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
     ):
         token_ids, dropped = _tokenize(base, tokenizer, prompt)
-        output = encoder(token_ids.to(base.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-        pooled = output[0]
+        penultimate, pooled = run(encoder, token_ids.to(base.device))
+        hidden.append(penultimate)
         dropped_text = max(dropped_text, dropped, key=len)
     dtype = pipeline.text_encoder_2.dtype
     return PromptEmbedding(

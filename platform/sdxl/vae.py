@@ -14,7 +14,11 @@ def decode(base: Base, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
 
     Raises GenerationFailed for non-finite latents or pixels.
     """
-    _require_finite(latents, "the denoised latents")
+    return to_host(*decode_on_device(base, latents))
+
+
+def decode_on_device(base: Base, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pixels of `decode` and whether latents and pixels are finite, [2], bool: for `to_host`. Waits for nothing."""
     vae = base.pipeline.vae
     z = latents.to(device=base.device, dtype=vae.dtype)
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
@@ -25,12 +29,15 @@ def decode(base: Base, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
     else:
         z = z / vae.config.scaling_factor
     image = vae.decode(z, return_dict=False)[0]
-    _require_finite(image, "the decoded image")
-    rows = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
-    pixels: npt.NDArray[np.uint8] = (rows * 255).round().astype(np.uint8)
-    return pixels
+    are_finite = torch.stack([torch.isfinite(tensor).all() for tensor in (latents.to(base.device), image)])
+    rows = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+    return (rows * 255).round().to(torch.uint8), are_finite
 
 
-def _require_finite(tensor: torch.Tensor, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise GenerationFailed(f"{what} hold NaN or infinity: lower guidance_scale, or set base.dtype=float32")
+def to_host(pixels: torch.Tensor, are_finite: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Raises GenerationFailed unless `are_finite`."""
+    for is_finite, what in zip(are_finite.tolist(), ("the denoised latents", "the decoded image"), strict=True):
+        if not is_finite:
+            raise GenerationFailed(f"{what} hold NaN or infinity: lower guidance_scale, or set base.dtype=float32")
+    found: npt.NDArray[np.uint8] = pixels.cpu().numpy()
+    return found

@@ -22,7 +22,7 @@ def test_rows_get_what_their_adapters_add(
     storage = noise(len(ranks), 64, in_features + out_features + 32) / in_features**0.5
     for slot, rank in enumerate(ranks):
         storage[slot, rank:] = 0
-    a, b = storage[:, :, 8 : 8 + in_features], storage[:, :, 16 + in_features :][:, :, :out_features]
+    a, b = storage[:, :, None, 8 : 8 + in_features], storage[:, :, None, 16 + in_features :][..., :out_features]
     inputs = RowInputs(8, 4, torch.device("cuda"))
     rows = [[(1, 0.7)], [], [(2, -1.5), (3, 0.3), (4, 1.0), (4, 0.5)], [(0, 2.0)], [(2, 0.0), (3, 1.0)]]
     inputs.write(rows, ranks)
@@ -30,7 +30,7 @@ def test_rows_get_what_their_adapters_add(
     expected = y.double()
     for row, adapters in enumerate(rows):
         for slot, weight in adapters:
-            expected[row] += weight * (x[row].double() @ a[slot].double().T) @ b[slot].double()
+            expected[row] += weight * (x[row].double() @ a[slot, :, 0].double().T) @ b[slot, :, 0].double()
     untouched = y[[1, 3]].clone()
 
     add_low_rank(y, x, a, b, inputs.slots, inputs.weights, inputs.ranks)

@@ -45,6 +45,7 @@ Rows = Sequence[Sequence[tuple[int, float]]]
 """For each row of a batch its (slot, weight) pairs."""
 LOADERS: Final = 4  # threads; they wait for files most of the time
 JOB_ROWS: Final = 2  # of one image with guidance
+TILE: Final = 128  # of `fp8_kernels`: no tile may have features of two parts
 _CROSS: Final = re.compile(r"unet\..+\.attn2\.to_[kv]")
 
 
@@ -185,6 +186,20 @@ class AdapterBank:
             places = {name: place for name, place in places.items() if name not in cross}
             self._originals |= wrap(base, self.targets, cross, self._storage, {"unet": self._cross_rows})
         self._originals |= wrap(base, self.targets, places, self._storage, inputs)
+
+    def join(self, names: Sequence[str], linear: nn.Linear) -> nn.Linear | None:
+        """A linear with the adapters of several that have one input, for the UNet's rows; `linear` has their weights,
+        one behind the other. `linear` itself where none of `names` takes adapters; None where they differ in shape,
+        only some take adapters, or their features do not fill the kernels' tiles."""
+        places = [place for name in names if (place := self._layout.places.get(name)) is not None]
+        if not places:
+            return linear
+        first, second = places[0], places[-1 if len(places) < 2 else 1]
+        apart = second.a - first.a
+        expected = [dataclasses.replace(first, a=first.a + i * apart, b=first.b + i * apart) for i in range(len(names))]
+        if places != expected or first.out_features % TILE:
+            return None
+        return SlotLinear(linear, self._storage, first, self._rows, len(names), apart)
 
     @property
     def slot_bytes(self) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import nn
-from torch.nn import functional
 
 from lorafleet.sdxl.base import Base
+from lorafleet.serve.engine.attention import attend, is_plain
 from lorafleet.serve.engine.bank import AdapterBank
 
 _serials = itertools.count()
@@ -37,7 +37,7 @@ def is_possible(base: Base) -> bool:
     Another attention backend computes them in its own way; another engine on the same base was there first.
     """
     attentions = _cross_attentions(base)
-    return bool(attentions) and not base.config.low_memory and all(map(_is_plain, attentions))
+    return bool(attentions) and not base.config.low_memory and all(map(is_plain, attentions))
 
 
 class CrossAttention:
@@ -118,29 +118,9 @@ class _Stored(nn.Module):
         if encoder_hidden_states is None or encoder_hidden_states.shape[-1] > 0:
             return self._original(attention, hidden_states, encoder_hidden_states, attention_mask)
         rows = hidden_states.shape[0]
-
-        def by_head(x: torch.Tensor) -> torch.Tensor:
-            return x.view(rows, -1, attention.heads, x.shape[-1] // attention.heads).transpose(1, 2)
-
-        query = by_head(attention.to_q(hidden_states))
-        y = functional.scaled_dot_product_attention(query, by_head(self.keys[:rows]), by_head(self.values[:rows]))
-        y = y.transpose(1, 2).flatten(2)
-        for module in attention.to_out:
-            y = module(y)
-        return y
+        return attend(attention, attention.to_q(hidden_states), self.keys[:rows], self.values[:rows])
 
 
 def _cross_attentions(base: Base) -> list[Attention]:
     modules = base.pipeline.unet.named_modules()
     return [module for name, module in modules if name.endswith(".attn2") and isinstance(module, Attention)]
-
-
-def _is_plain(attention: Attention) -> bool:
-    """Whether nothing else happens in it than what `_Stored` does."""
-    extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
-    return (
-        type(attention.processor) is AttnProcessor2_0
-        and all(getattr(attention, extra, None) is None for extra in extras)
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1.0
-    )

@@ -60,4 +60,5 @@ def _forward(
         time_ids=batch([sampler.time_ids for sampler in samplers]),
         guidance=batch(guidance) if guidance else None,
     )
-    return torch.split(unet(inputs)[: sum(rows)], rows)
+    has_adapters = any(weight != 0.0 for sampler in samplers for _, weight in sampler.adapters)
+    return torch.split(unet(inputs, has_adapters=has_adapters)[: sum(rows)], rows)

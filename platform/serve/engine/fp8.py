@@ -1,18 +1,23 @@
 """The linears of the UNet's transformers as products of 8-bit floats: half the time of each on GPUs that have them.
 
 Weights and inputs are float8_e4m3fn with one scale for a whole tensor; the inputs' scales are found once, before
-anything is compiled, from a few images that the unquantised UNet draws. Adapters see the inputs as they were and add in
-the base's own type. Images change a little: `loadtests/fp8_change.py` says how much.
+anything is compiled, from a few images that the unquantised UNet draws. Adapters keep the base's own type; they see the
+same quantised inputs, which on a GPU are all that is written and read between kernels. Images change a little:
+`loadtests/fp8_change.py` says how much.
 
-The bank wraps first, this comes second, and is undone first.
+The bank wraps first, then the self attentions are joined, this comes last, and is undone first.
 """
 
+import functools
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from torch import nn
 from torch.nn import functional
 
@@ -24,6 +29,8 @@ from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.sampler import Sampler
 from lorafleet.serve.engine.slots import SlotLinear
 
+logger = logging.getLogger(__name__)
+
 E4M3: Final = torch.float8_e4m3fn
 LARGEST: Final = torch.finfo(E4M3).max  # 448
 LEAST_AMAX: Final = 1e-6  # of a tensor of zeros, whose scale must not be one
@@ -33,9 +40,10 @@ GRID: Final = 16  # features of such a product come in multiples of it
 # The text's keys and values, and the embeddings of time and size, have too few tokens to gain.
 _LINEARS: Final = re.compile(
     r"(.+\.)?attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
-    r"(attn1\.to_[qkv]|attn2\.to_q|attn[12]\.to_out\.0|ff\.net\.(0\.proj|2)))"
+    r"(attn1\.(to_[qkv]|processor\.joined)|attn2\.to_q|attn[12]\.to_out\.0|ff\.net\.(0\.proj|2)))"
 )
-_SAME_INPUT: Final = re.compile(r"attn1\.to_[qkv]$")
+_SAME_INPUT: Final = re.compile(r"to_[qkv]$")
+_JOINED: Final = "processor.joined"
 
 PROMPTS: Final = (
     "red apple on a blue background",
@@ -128,7 +136,7 @@ def calibrate(base: Base, size: tuple[int, int]) -> dict[str, float]:
 
 
 class Fp8Product(nn.Module):
-    """What a linear computes, from 8-bit floats. x: [..., in] in the bias's type, which is the result's too.
+    """What a linear computes, from 8-bit floats. x: [..., in], quantised or in the weight's type, as the result is.
 
     Nothing of it is a Python number, so that all blocks of a kind share what is compiled for one.
     """
@@ -139,8 +147,11 @@ class Fp8Product(nn.Module):
         super().__init__()
         scale = weight.abs().amax().float().clamp(min=LEAST_AMAX) / LARGEST
         self._emulates = emulates
+        self._kernels = None if emulates else _gpu_kernels(weight.device)
+        self.adds_adapters = self._kernels is not None
+        self.dtype = weight.dtype
         # buffers, because compilers and CUDA graphs take those for addresses that stay
-        self.register_buffer("weight8", _quantise(weight.float(), scale), persistent=False)
+        self.register_buffer("weight8", quantise(weight.float(), scale), persistent=False)
         self.register_buffer("weight_scale", scale, persistent=False)
         self.register_buffer("x_scale", x_scale, persistent=False)
 
@@ -148,11 +159,17 @@ class Fp8Product(nn.Module):
     weight_scale: torch.Tensor
     x_scale: torch.Tensor
 
+    def quantised(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == E4M3 else quantise(x, self.x_scale)
+
+    def dequantised(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * self.x_scale).to(self.dtype)
+
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        x8 = _quantise(x.reshape(-1, x.shape[-1]), self.x_scale)
+        x8 = self.quantised(x).reshape(-1, x.shape[-1])
         if self._emulates:
             y = functional.linear(x8.float(), self.weight8.float()) * (self.x_scale * self.weight_scale)
-            y = (y if bias is None else y + bias).to(x.dtype)
+            y = (y if bias is None else y + bias).to(self.dtype)
         else:
             y = torch._scaled_mm(
                 x8,
@@ -160,10 +177,53 @@ class Fp8Product(nn.Module):
                 scale_a=self.x_scale,
                 scale_b=self.weight_scale,
                 bias=bias,
-                out_dtype=x.dtype,
+                out_dtype=self.dtype,
                 use_fast_accum=True,
             )
         return y.view(*x.shape[:-1], -1)
+
+    def with_adapters(
+        self, x: torch.Tensor, bias: torch.Tensor | None, adapters: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        assert self._kernels is not None
+        tokens = x if x.dim() == 3 else x.unsqueeze(1)
+        y: torch.Tensor = self._kernels.fp8_linear(
+            self.quantised(tokens), self.x_scale, self.weight8, self.weight_scale, bias, *adapters
+        )
+        return y.view(*x.shape[:-1], -1)
+
+    def geglu(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        adapters: tuple[torch.Tensor, ...],
+        y_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """One half of the linear times the GELU of the other, quantised; x: [rows, tokens, in]."""
+        assert self._kernels is not None
+        y: torch.Tensor = self._kernels.fp8_geglu(
+            self.quantised(x), self.x_scale, self.weight8, self.weight_scale, bias, y_scale, list(adapters)
+        )
+        return y
+
+
+class Fp8GEGLU(nn.Module):
+    """As diffusers' GEGLU, with a result that is quantised already for the linear behind it."""
+
+    def __init__(self, geglu: GEGLU, behind: Fp8Product) -> None:
+        """The product of `geglu`'s linear is an Fp8Product."""
+        super().__init__()
+        self.proj = geglu.proj
+        self._behind = [behind]  # in a list, so that it is no module of this one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product, (behind,) = self.proj.product, self._behind
+        if product.adds_adapters:
+            adapters = self.proj.adapters() if isinstance(self.proj, SlotLinear) else ()
+            y: torch.Tensor = product.geglu(x, self.proj.bias, adapters, behind.x_scale)
+            return y
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return behind.quantised(value * functional.gelu(gate))
 
 
 class Fp8Linear(nn.Linear):
@@ -189,25 +249,27 @@ class Fp8Weights:
         """`amax`: as `calibrate` gives it."""
         self._unet: nn.Module = base.pipeline.unet
         self._device = base.device
-        self._plain: dict[str, nn.Linear] = {}  # those that are replaced as a whole, by path
+        self._replaced: dict[str, nn.Module] = {}  # those that others stand for, by path
         self._linears: list[nn.Linear] = []
         x_scales: dict[str, torch.Tensor] = {}
         emulates = not is_possible(base.device)
         # else nothing of it could be used outside of inference mode again
         with torch.inference_mode(False), torch.no_grad():
             for path, linear in _linears(base).items():
-                x = _SAME_INPUT.sub("attn1", path)
+                x = _SAME_INPUT.sub("", path)
                 if x not in x_scales:
                     x_scales[x] = torch.tensor(max(amax[path], LEAST_AMAX) * MARGIN / LARGEST, device=base.device)
                 product = Fp8Product(linear.weight, x_scales[x], emulates=emulates)
                 if isinstance(linear, SlotLinear):
                     linear.product = product
                 else:
-                    self._plain[path] = linear
                     self._put(path, Fp8Linear(linear, product))
                 self._linears.append(linear)
                 # in place: whoever else holds the parameter, as the bank does, is to get it back too
                 linear.weight.data = linear.weight.data.cpu()
+            for path, module in list(self._unet.named_modules()):
+                if isinstance(module, FeedForward) and _is_geglu(module):
+                    self._put(f"{path}.net.0", Fp8GEGLU(module.net[0], module.net[2].product))
 
     def close(self) -> None:
         """Puts back what was there, bit for bit. May be called twice."""
@@ -216,18 +278,17 @@ class Fp8Weights:
                 linear.weight.data = linear.weight.data.to(self._device)
                 if isinstance(linear, SlotLinear):
                     linear.product = None
-        for path, linear in self._plain.items():
-            self._put(path, linear)
-        self._linears, self._plain = [], {}
+        for path, module in reversed(self._replaced.items()):
+            _put(self._unet, path, module)
+        self._linears, self._replaced = [], {}
 
-    def _put(self, path: str, linear: nn.Linear) -> None:
-        parent, _, last = path.rpartition(".")
-        setattr(self._unet.get_submodule(parent), last, linear)
+    def _put(self, path: str, module: nn.Module) -> None:
+        self._replaced[path] = _put(self._unet, path, module)
 
 
 def _linears(base: Base) -> dict[str, nn.Linear]:
     """Those that are worth it, by path in the UNet."""
-    return {
+    found = {
         path: module
         for path, module in base.pipeline.unet.named_modules()
         if isinstance(module, nn.Linear)
@@ -235,9 +296,39 @@ def _linears(base: Base) -> dict[str, nn.Linear]:
         and module.in_features % GRID == 0
         and module.out_features % GRID == 0
     }
+    joined = {path.removesuffix(_JOINED) for path in found if path.endswith(_JOINED)}
+    return {path: module for path, module in found.items() if _SAME_INPUT.sub("", path) not in joined}
 
 
-def _quantise(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _is_geglu(module: FeedForward) -> bool:
+    """Whether its linears are quantised, and GEGLU is what is between them."""
+    first, last = module.net[0], module.net[2]
+    return type(first) is GEGLU and all(getattr(linear, "product", None) is not None for linear in (first.proj, last))
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """What was there before."""
+    parent, _, last = path.rpartition(".")
+    before = model.get_submodule(path)
+    setattr(model.get_submodule(parent), last, module)
+    return before
+
+
+@functools.cache
+def _gpu_kernels(device: torch.device) -> Any:
+    """The operators of `fp8_kernels`, or None where they cannot run: then there is another way to the same numbers."""
+    if device.type != "cuda":
+        return None
+    try:
+        from lorafleet.serve.engine import fp8_kernels
+    except ImportError as error:
+        logger.warning("engine.fp8 takes slower ways on this GPU: %s", error)
+        return None
+    return torch.ops.lorafleet if torch.cuda.get_device_capability(device) >= fp8_kernels.CAPABILITY else None
+
+
+def quantise(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x / scale` in 8 bits."""
     # What is not a number stays so; without the clamp everything above 448 would become that.
     return (x * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(E4M3)
 

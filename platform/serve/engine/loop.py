@@ -14,11 +14,11 @@ from PIL import Image
 
 from lorafleet.core.errors import ConfigError, GenerationFailed, InvalidRequest, LorafleetError, NotReady
 from lorafleet.sdxl.base import Base
-from lorafleet.sdxl.vae import decode
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import cross_attention, fp8
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.cross_attention import CrossAttention
+from lorafleet.serve.engine.ends import Ends
 from lorafleet.serve.engine.forward import predict
 from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
@@ -27,6 +27,7 @@ from lorafleet.serve.engine.preview import Previewer
 from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.run import Run
 from lorafleet.serve.engine.sampler import Sampler
+from lorafleet.serve.engine.self_attention import SelfAttention
 from lorafleet.serve.engine.unet_runner import UNetRunner
 
 logger = logging.getLogger(__name__)
@@ -80,18 +81,23 @@ class Engine:
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
         if self.settings.bank is not None:
             self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set, cross_apart=computes_text_once)
+        self._self_attention = SelfAttention(base, self.bank) if stays else None
         self._cross_attention: CrossAttention | None = None
         if computes_text_once:
             most_rows = max(2 * self._batch_size(), *(self.settings.row_buckets or (0,)))
             self._cross_attention = CrossAttention(base, most_rows, self.bank)
+        compile_mode = self.settings.compile or ("regional" if stays else "none")
+        cuda_graphs = stays if self.settings.cuda_graphs is None else self.settings.cuda_graphs
+        self._ends = Ends(base, compile_mode, cuda_graphs=cuda_graphs)
         self._unet = UNetRunner(
             base,
-            self.settings.compile or ("regional" if stays else "none"),
-            cuda_graphs=stays if self.settings.cuda_graphs is None else self.settings.cuda_graphs,
+            compile_mode,
+            cuda_graphs=cuda_graphs,
             cross_attention=self._cross_attention,
+            has_bank=self.bank is not None,
         )
         self._last_step: torch.cuda.Event | None = None
-        self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank)
+        self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank, self._ends.encode)
         self._previewer = Previewer(base)
         self._runs: list[Run] = []
         self._lock = threading.Lock()  # guards _runs, their leases, and _arrivals
@@ -113,10 +119,13 @@ class Engine:
             self.base.check_size(width, height)
         if self.settings.fp8 and self._fp8 is None:
             self._fp8 = fp8.Fp8Weights(self.base, fp8.calibrate(self.base, sizes[0]))
+            if self._self_attention is not None:
+                self._self_attention.share_weights()
         factor = self.base.pipeline.vae_scale_factor
-        self._unet.warm_up(
-            [(rows, height // factor, width // factor) for rows in self._row_buckets() for width, height in sizes]
-        )
+        latents = [(height // factor, width // factor) for width, height in sizes]
+        with _quickest_convolutions(self.base, is_exact=self._is_exact):
+            self._unet.warm_up([(rows, *size) for rows in self._row_buckets() for size in latents])
+            self._ends.warm_up(latents)
 
     def start(self) -> Self:
         """Warms up, then starts the thread. Raises InvalidRequest for a size to warm up that this base cannot do."""
@@ -139,8 +148,11 @@ class Engine:
         with self._turn_lock:
             self._fail_all(NotReady("the engine was closed before this image was done: try again"))
             self._unet.close()
+            self._ends.close()
             if self._fp8 is not None:
                 self._fp8.close()  # before the bank, in whose linears it is
+            if self._self_attention is not None:
+                self._self_attention.close()
             if self.bank is not None:
                 self.bank.detach()
 
@@ -261,7 +273,7 @@ class Engine:
     def _decode(self, run: Run) -> None:
         assert run.sampler is not None
         run.check()
-        image = Image.fromarray(decode(self.base, run.sampler.latents)[0])
+        image = Image.fromarray(self._ends.decode(run.sampler.latents)[0])
         self._end(run, Finished(ImageResult(image, run.timings(), *run.dropped)))
 
     # ---- adapters ----
@@ -389,6 +401,17 @@ class Engine:
             return ()
         most = 2 * self.settings.max_batch
         return *(2**i for i in range(1, most.bit_length()) if 2**i < most), most
+
+
+@contextmanager
+def _quickest_convolutions(base: Base, *, is_exact: bool) -> Iterator[None]:
+    """Lets cuDNN try its ways and take the quickest, which may be another one at the next start."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = base.device.type == "cuda" and not is_exact
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _check_image(job: Job) -> None:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from lorafleet.sdxl.base import Base
-from lorafleet.sdxl.text import PromptEmbedding, encode_negative, encode_prompt
+from lorafleet.sdxl.text import PromptEmbedding, RunEncoder, encode_negative, encode_prompt, run_encoder
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 
 Weighted = Sequence[tuple[Lease, float]]
@@ -19,8 +19,12 @@ class PromptCache:
     rows in the bank are one for all.
     """
 
-    def __init__(self, base: Base, entries: int, bank: AdapterBank | None = None) -> None:
+    def __init__(
+        self, base: Base, entries: int, bank: AdapterBank | None = None, run: RunEncoder = run_encoder
+    ) -> None:
+        """`run`: of `lorafleet.sdxl.text.encode_prompt`."""
         self._base = base
+        self._run = run
         self._entries = entries
         self._bank = bank
         self._lock = threading.Lock()
@@ -50,7 +54,7 @@ class PromptCache:
             self.misses += 1
             if self._bank is not None:
                 self._bank.set_text_rows([[(lease.slot, weight) for lease, weight in adapters]])
-            fresh = encode_prompt(self._base, text)
+            fresh = encode_prompt(self._base, text, self._run)
             self._known[key] = fresh
             while len(self._known) > self._entries:
                 self._known.popitem(last=False)

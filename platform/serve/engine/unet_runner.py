@@ -10,10 +10,11 @@ import torch
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import CompileMode
 from lorafleet.serve.engine.cross_attention import CrossAttention
+from lorafleet.serve.engine.recording import Recording
+from lorafleet.serve.engine.regions import compile_regions, compiling, restore
+from lorafleet.serve.engine.slots import without_adapters
 
 logger = logging.getLogger(__name__)
-
-WARM_RUNS = 2  # before recording: kernels are chosen and workspaces allocated in the first ones
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,9 @@ class UNetInputs:
             guidance=noise(rows, config.time_cond_proj_dim) if config.time_cond_proj_dim else None,
         )
 
-    def copy_(self, other: "UNetInputs") -> None:
-        """Takes over the values of `other`, which has the same shape."""
-        for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            if mine is not None:
-                mine.copy_(its)
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """In the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 class UNetRunner:
@@ -79,15 +77,17 @@ class UNetRunner:
         *,
         cuda_graphs: bool = False,
         cross_attention: CrossAttention | None = None,
+        has_bank: bool = False,
     ) -> None:
-        """The adapter bank, if there is one, has wrapped the UNet already. `cuda_graphs` needs a CUDA device."""
+        """`cuda_graphs` needs a CUDA device. With `has_bank` an adapter bank has wrapped the UNet already."""
         self.cross_attention = cross_attention
         self._base = base
         self._unet: Any = base.pipeline.unet
         self._mode = compile_mode
         self._cuda_graphs = cuda_graphs
+        self._has_bank = has_bank
         self._pool: Any = None
-        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int], dict[bool, Recording]] = {}  # then by whether any row has adapters
         self._compiled_shapes: set[tuple[int, int, int]] = set()
         self._model = torch.compile(self._unet, fullgraph=True, dynamic=False) if compile_mode == "full" else self._unet
 
@@ -97,26 +97,36 @@ class UNetRunner:
         return self._mode != "none" or self._cuda_graphs
 
     def warm_up(self, shapes: Sequence[tuple[int, int, int]]) -> None:
-        """Compiles and records for these (rows, h, w), h and w in latents; the largest first, whose memory the
-        others then share."""
+        """Compiles and records for these (rows, h, w), h and w in latents."""
+        if self._mode != "none" and self._base.device.type == "cuda":
+            self._unet.to(memory_format=torch.channels_last)  # what its convolutions are quickest with
         if self._mode == "regional" and not self._compiled_shapes:
-            self._unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        # Each shape is compiled for itself, which is more often than PyTorch expects of one function.
-        limits: dict[str, Any] = {"recompile_limit": 8 * len(shapes) + 64, "accumulated_recompile_limit": 4096}
-        with torch.inference_mode(), torch._dynamo.config.patch(limits):
-            for shape in sorted(shapes, reverse=True):
-                inputs = UNetInputs.blank(self._base, *shape, with_text=self.cross_attention is None)
-                if self._mode != "none":
-                    self._call(inputs)
-                    self._compiled_shapes.add(shape)
-                if self._cuda_graphs:
-                    self._pool = self._pool or torch.cuda.graph_pool_handle()
-                    self._graphs[shape] = _Graph(self._call, inputs, self._pool)
+            compile_regions(self._unet)
+        with torch.inference_mode(), compiling(len(shapes)):
+            # the smallest first: what is right for few rows is right for many, but not the other way round
+            for shape in sorted(shapes) if self._mode != "none" else ():
+                self._call(self._blank(shape))
+                self._compiled_shapes.add(shape)
+            # the largest first: the others share its memory
+            for shape in sorted(shapes, reverse=True) if self._cuda_graphs else ():
+                self._record(shape)
 
-    def __call__(self, inputs: UNetInputs) -> torch.Tensor:
-        """The model output [rows, 4, h, w], valid until the next call."""
-        if (graph := self._graphs.get(inputs.shape)) is not None:
-            return graph.replay(inputs)
+    def _record(self, shape: tuple[int, int, int]) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        inputs = self._blank(shape).tensors()
+
+        def call(*tensors: Any) -> tuple[torch.Tensor]:
+            return (self._call(UNetInputs(*tensors)),)
+
+        with without_adapters():
+            plain = Recording(call, inputs, self._pool)
+        self._graphs[shape] = {False: plain}
+        self._graphs[shape][True] = Recording(call, inputs, self._pool) if self._has_bank else plain
+
+    def __call__(self, inputs: UNetInputs, *, has_adapters: bool = True) -> torch.Tensor:
+        """The model output [rows, 4, h, w]. `has_adapters`: whether any row may have some."""
+        if (graphs := self._graphs.get(inputs.shape)) is not None:
+            return graphs[has_adapters].replay(*inputs.tensors())[0]
         if self._mode == "none" or inputs.shape in self._compiled_shapes:
             return self._call(inputs)
         with torch.compiler.set_stance("force_eager"):
@@ -126,10 +136,12 @@ class UNetRunner:
         """Drops the graphs, and leaves the UNet as it was, its cross attentions too."""
         self._graphs.clear()
         if self._mode == "regional":
-            for module in self._unet.modules():
-                module._compiled_call_impl = None
+            restore(self._unet)
         if self.cross_attention is not None:
             self.cross_attention.close()
+
+    def _blank(self, shape: tuple[int, int, int]) -> UNetInputs:
+        return UNetInputs.blank(self._base, *shape, with_text=self.cross_attention is None)
 
     def _call(self, inputs: UNetInputs) -> torch.Tensor:
         output: torch.Tensor = self._model(
@@ -141,26 +153,3 @@ class UNetRunner:
             return_dict=False,
         )[0]
         return output
-
-
-class _Graph:
-    """One recording: kernels on fixed addresses. Whatever the model reads besides its inputs, weights and adapter
-    slots among them, must stay where it is."""
-
-    def __init__(self, call: Any, inputs: UNetInputs, pool: Any) -> None:
-        self._inputs = inputs
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_RUNS):
-                call(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads go on calling CUDA meanwhile: only what this one does may spoil the recording.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._output: torch.Tensor = call(inputs)
-
-    def replay(self, inputs: UNetInputs) -> torch.Tensor:
-        self._inputs.copy_(inputs)
-        self._graph.replay()
-        return self._output.clone()

@@ -245,8 +245,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     healthy = prompts.encode_prompt
 
-    def encode(base: Base, prompt: str) -> prompts.PromptEmbedding:
-        embedding = healthy(base, prompt)
+    def encode(base: Base, prompt: str, *rest: Any) -> prompts.PromptEmbedding:
+        embedding = healthy(base, prompt, *rest)
         if prompt == "poison":
             return prompts.PromptEmbedding(embedding.hidden * float("nan"), embedding.pooled)
         return embedding

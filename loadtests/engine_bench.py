@@ -39,7 +39,7 @@ from lorafleet.serve.engine import Engine, Job
 
 PARTS: Final = ("baseline", "compiled", "engine", "bank", "swap", "low_memory")
 ON_CPU: Final = ("baseline", "engine", "bank", "swap")
-GAP_STEPS: Final = 16
+GAP_STEPS: Final = 48  # jobs join one after the other: with fewer, eight were never all there on a GPU
 WARM_STEPS: Final = 4
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     figures = {}
     if options.url is None:
         figures["in process, 1 at a time"] = measure(pipeline(), wanted, 1)
-        with running_service() as service:
+        with running_service("--set", "cache.max_bytes=0") as service:
             figures |= over_http(service.url, wanted, options.concurrency)
     else:
         figures |= over_http(options.url, wanted, options.concurrency)

@@ -13,7 +13,9 @@ from torch import nn
 
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.engine.attention import attend, is_plain
-from lorafleet.serve.engine.bank import AdapterBank
+from lorafleet.serve.engine.bank import JOB_ROWS, AdapterBank
+from lorafleet.serve.engine.recording import Recording
+from lorafleet.serve.engine.slots import without_adapters
 
 _serials = itertools.count()
 
@@ -63,6 +65,7 @@ class CrossAttention:
         ]
         for attention, keys, values in zip(self._attentions, parts[::2], parts[1::2], strict=True):
             attention.set_processor(_Stored(keys, values, attention.processor))
+        self._recordings: dict[tuple[int, bool], Recording] = {}  # by rows and whether these have adapters
         self._stored: list[tuple[int, int] | None] = [None] * rows  # serial and row of what each row holds
 
     def compute(self, hidden: torch.Tensor, adapters: Sequence[tuple[int, float]] = ()) -> KeyValues:
@@ -70,8 +73,21 @@ class CrossAttention:
         which may be another than the UNet's. The slots' leases are held until the device is done."""
         if self._bank is not None:
             self._bank.set_cross_rows([adapters] * len(hidden))
-        rows = torch.cat([linear(hidden).flatten(1) for linear in self._linears()], dim=1)
+        recording = self._recordings.get((len(hidden), bool(adapters)))
+        (rows,) = self._project(hidden) if recording is None else recording.replay(hidden)
         return KeyValues(rows, hidden.new_empty(*hidden.shape[:2], 0), next(_serials))
+
+    def warm_up(self) -> None:
+        """Records `compute` as CUDA graphs: its 140 products, each with two kernels of its adapters, would keep the CPU
+        busy for many times what they take, and jobs that arrive together wait for each other's."""
+        pool = torch.cuda.graph_pool_handle()
+        features = self._linears()[0].in_features
+        blank = self._storage.new_zeros(JOB_ROWS, len(self._attentions[0].processor.keys[0]), features)
+        with torch.inference_mode():
+            for rows in range(1, JOB_ROWS + 1):
+                self._recordings[rows, True] = Recording(self._project, [blank[:rows].clone()], pool)
+                with without_adapters():
+                    self._recordings[rows, False] = Recording(self._project, [blank[:rows].clone()], pool)
 
     def set_rows(self, jobs: Sequence[KeyValues]) -> None:
         """What the first rows of the next UNet batch attend to, job after job; those behind keep what they had.
@@ -87,8 +103,12 @@ class CrossAttention:
 
     def close(self) -> None:
         """Puts the processors back that were there. May be called twice."""
+        self._recordings.clear()
         for attention, processor in zip(self._attentions, self._originals, strict=True):
             attention.set_processor(processor)
+
+    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.cat([linear(hidden).flatten(1) for linear in self._linears()], dim=1),)
 
     def _linears(self) -> list[nn.Linear]:
         return [linear for attention in self._attentions for linear in (attention.to_k, attention.to_v)]

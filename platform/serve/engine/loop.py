@@ -126,6 +126,8 @@ class Engine:
         with _quickest_convolutions(self.base, is_exact=self._is_exact):
             self._unet.warm_up([(rows, *size) for rows in self._row_buckets() for size in latents])
             self._ends.warm_up(latents)
+            if self._unet.cuda_graphs and self._cross_attention is not None:
+                self._cross_attention.warm_up()
 
     def start(self) -> Self:
         """Warms up, then starts the thread. Raises InvalidRequest for a size to warm up that this base cannot do."""

@@ -84,7 +84,7 @@ class UNetRunner:
         self._base = base
         self._unet: Any = base.pipeline.unet
         self._mode = compile_mode
-        self._cuda_graphs = cuda_graphs
+        self.cuda_graphs = cuda_graphs
         self._has_bank = has_bank
         self._pool: Any = None
         self._graphs: dict[tuple[int, int, int], dict[bool, Recording]] = {}  # then by whether any row has adapters
@@ -94,7 +94,7 @@ class UNetRunner:
     @property
     def has_shapes(self) -> bool:
         """Whether it runs some shapes better than others: those that were warmed up."""
-        return self._mode != "none" or self._cuda_graphs
+        return self._mode != "none" or self.cuda_graphs
 
     def warm_up(self, shapes: Sequence[tuple[int, int, int]]) -> None:
         """Compiles and records for these (rows, h, w), h and w in latents."""
@@ -108,7 +108,7 @@ class UNetRunner:
                 self._call(self._blank(shape))
                 self._compiled_shapes.add(shape)
             # the largest first: the others share its memory
-            for shape in sorted(shapes, reverse=True) if self._cuda_graphs else ():
+            for shape in sorted(shapes, reverse=True) if self.cuda_graphs else ():
                 self._record(shape)
 
     def _record(self, shape: tuple[int, int, int]) -> None:

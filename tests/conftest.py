@@ -34,6 +34,10 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
     "font": (_font, "no Noto Color Emoji on this machine: apt-get install fonts-noto-color-emoji"),
     "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
+    "redis-server": (
+        lambda: shutil.which("redis-server"),
+        "no redis-server on this machine: apt-get install redis-server",
+    ),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }

@@ -6,6 +6,9 @@ LorafleetError
 ├── BaseNotFound           no base model under that id, path or revision     (exit code 1)
 ├── BaseUnreadable         a base model is there but cannot be loaded        (exit code 1)
 ├── RecipeMismatch         a recipe was made by another base model           (HTTP 409)
+├── ModelNotFound          no model under that id is served                  (HTTP 404)
+├── JobNotFound            no job under that id, or not any more             (HTTP 404)
+├── IdempotencyConflict    one idempotency key for different requests        (HTTP 409)
 ├── AdapterNotFound        no adapter under that name, alias or version      (HTTP 404)
 ├── AdapterInUse           an alias points at what is to be deleted          (HTTP 409)
 ├── AdapterTooLarge        an adapter file is above the registry's limit     (HTTP 413)
@@ -77,6 +80,24 @@ class RecipeMismatch(LorafleetError):
     """A recipe asks for another base model than the one that is loaded."""
 
     code = "recipe_mismatch"
+
+
+class ModelNotFound(LorafleetError):
+    """No model under that id is served."""
+
+    code = "model_not_found"
+
+
+class JobNotFound(LorafleetError):
+    """There is no job under that id; it may have ended long ago."""
+
+    code = "job_not_found"
+
+
+class IdempotencyConflict(LorafleetError):
+    """An idempotency key came back with another request."""
+
+    code = "idempotency_conflict"
 
 
 class AdapterNotFound(LorafleetError):

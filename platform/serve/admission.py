@@ -45,6 +45,10 @@ class Admission:
                 f"front of it, and a request may take {timeout_s:g}: try again later",
                 retry_after_s=max(MIN_RETRY_AFTER_S, min(self.backlog_s, needed_s - timeout_s)),
             )
+        return self.enter(units)
+
+    def enter(self, units: float) -> "Place":
+        """A place without asking whether there is one."""
         if not self._in_flight:
             self._marked_at = self._clock()
         self._in_flight += 1

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any, Final
 
@@ -19,8 +21,11 @@ from lorafleet.core.errors import (
     AdapterUnreadable,
     DeadlineExceeded,
     GenerationFailed,
+    IdempotencyConflict,
     InvalidRequest,
+    JobNotFound,
     LorafleetError,
+    ModelNotFound,
     NotReady,
     Overloaded,
     RecipeMismatch,
@@ -29,10 +34,12 @@ from lorafleet.core.errors import (
 from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, UnsupportedMediaType
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge
+from lorafleet.serve.jobs import Jobs
 from lorafleet.serve.routes import documents, generate, health, huggingface, images, models
+from lorafleet.serve.routes import jobs as job_routes
 from lorafleet.serve.routes.generate import SEED_HEADER
 from lorafleet.serve.schemas import ErrorDetail, ErrorInfo, ErrorReply
-from lorafleet.serve.service import Backend, ModelNotFound, Service
+from lorafleet.serve.service import Backend, Service
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,8 @@ RETRY_HEADER: Final = "x-should-retry"  # openai's clients obey it; others retry
 STATUSES: Final[dict[type[LorafleetError], int]] = {
     MalformedBody: 400,
     ModelNotFound: 404,
+    JobNotFound: 404,
+    IdempotencyConflict: 409,
     AdapterNotFound: 404,
     RecipeMismatch: 409,
     AdapterIncompatible: 409,
@@ -71,7 +80,17 @@ HTTP_CODES: Final = {404: "route_not_found", 405: "method_not_allowed"}
 def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bool = True) -> FastAPI:
     """All routes. `adds_request_id` is off behind a proxy that puts `x-request-id` on every response itself."""
     service = Service(settings, backend, error_body)
+    jobs = Jobs(service, settings.jobs, settings.replicas)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        jobs.look_for_abandoned()
+        yield
+        await jobs.close()
+        await service.close()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Lorafleet",
         version=metadata.version("lorafleet"),
         description="Text to image. Every error of every route has one shape.",
@@ -80,6 +99,7 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
     )
     for routes in (health, models, generate, images, huggingface, documents):
         routes.add(app, service)
+    job_routes.add(app, service, jobs)
     for kind in (LorafleetError, HTTPException):
         app.add_exception_handler(kind, lambda _, error: error_response(error))
     app.add_middleware(Edge, on_error=error_response, adds_header=adds_request_id)
@@ -87,7 +107,7 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID_HEADER, SEED_HEADER, RETRY_HEADER, "retry-after"],
         )

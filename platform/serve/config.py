@@ -121,6 +121,44 @@ class EngineSettings(BaseModel):
         return self
 
 
+RedisUrl = Annotated[str, Field(pattern=r"^(redis|rediss|unix)://")]
+
+
+class CacheSettings(BaseModel):
+    """Images that are asked for again, seed and all, come from here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_bytes: int = Field(
+        default=256 << 20,
+        ge=0,
+        description="bytes of images that are kept in memory; with redis_url, of one answer; 0 switches it off",
+    )
+    redis_url: RedisUrl | None = Field(
+        default=None, description="keep them there, such as redis://127.0.0.1:6379/0; left out: in memory"
+    )
+    ttl_s: float = Field(default=86_400.0, ge=1, description="seconds that Redis keeps them")
+
+
+class JobSettings(BaseModel):
+    """Work that is taken in now and asked for later: `POST /v1/jobs`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    running: int = Field(default=2, ge=1, le=1000, description="jobs that run at a time, per replica")
+    max_waiting: int = Field(default=1000, ge=0, le=100_000, description="jobs that may wait; more get a 429")
+    timeout_s: float = Field(
+        default=3600.0, gt=0, le=86_400, description="seconds that a job may run, waiting left out"
+    )
+    ttl_s: float = Field(default=3600.0, ge=1, le=30 * 86_400, description="seconds that an ended job is kept")
+    max_bytes: int = Field(
+        default=512 << 20, ge=0, description="bytes of ended jobs that are kept in memory; the oldest go first"
+    )
+    redis_url: RedisUrl | None = Field(
+        default=None, description="keep jobs there, over restarts of the gateway; left out: in memory"
+    )
+
+
 class ServeSettings(BaseModel):
     """What is served, where, and how much of the machine it takes."""
 
@@ -162,6 +200,8 @@ class ServeSettings(BaseModel):
         le=1 << 30,
         description="bytes of a request body, pictures in it included; a larger one gets a 413",
     )
+    cache: CacheSettings = Field(default_factory=CacheSettings, description="images made before")
+    jobs: JobSettings = Field(default_factory=JobSettings, description="work that is asked for later")
     cors_origins: tuple[str, ...] = Field(
         default=(),
         description='web origins that may call from a browser, such as http://localhost:3000; "*" is all',

@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from PIL import Image
@@ -86,7 +87,8 @@ class Pipeline:
         def listen(image: int) -> Callable[[Event], None]:
 
             def on_event(event: Event) -> None:
-                loop.call_soon_threadsafe(inbox.put_nowait, (image, event))
+                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(inbox.put_nowait, (image, event))
 
             return on_event
 

@@ -14,6 +14,7 @@ class GenerationResult:
     seeds: list[int]
     timings: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    is_cached: bool = False
 
 
 @dataclass(frozen=True)

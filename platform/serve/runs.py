@@ -2,8 +2,9 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Self
 
 from lorafleet.core.errors import GenerationFailed
@@ -17,10 +18,18 @@ class Run:
     Whoever makes one holds it. For one event loop, not for threads.
     """
 
-    def __init__(self, events: AsyncGenerator[Event], *, on_end: Callable[["Run"], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[Event],
+        *,
+        on_end: Callable[["Run"], None] = lambda _: None,
+        is_cached: bool = False,
+    ) -> None:
+        self.is_cached = is_cached
         self.events: list[Event] = []
         self.error: Exception | None = None
         self._holders = 1
+        self._keep: Callable[[GenerationResult], Awaitable[None]] | None = None
         self._changed = asyncio.Event()
         # A context of its own: within a request's, Ray would call the work off when that request ends, although
         # others may hold it.
@@ -35,6 +44,10 @@ class Run:
     @property
     def is_good(self) -> bool:
         return bool(self.events) and isinstance(self.events[-1], Done)
+
+    def when_good(self, keep: Callable[[GenerationResult], Awaitable[None]]) -> None:
+        """`keep` gets the result once there is one."""
+        self._keep = keep
 
     def hold(self) -> Self:
         self._holders += 1
@@ -77,7 +90,7 @@ class Run:
             await self._changed.wait()
         if self.error is not None:
             raise self.error
-        return fold(self.events)
+        return replace(fold(self.events), is_cached=self.is_cached)
 
     async def _consume(self, events: AsyncGenerator[Event]) -> None:
         try:
@@ -85,6 +98,8 @@ class Run:
                 async for event in events:
                     self.events.append(event)
                     self._tell()
+            if self._keep is not None and self.is_good:
+                await self._keep(fold(self.events))
         except Exception as error:  # whoever waits for it gets it
             self.error = error
 

@@ -205,6 +205,27 @@ class ImageToImageBody(BaseModel):
     parameters: ImageToImageParameters
 
 
+class JobImage(BaseModel):
+    index: int = Field(description="which of the job's images, from 0")
+    seed: int
+    b64_json: str = Field(description="a PNG in base64, with its recipe inside")
+
+
+class JobReply(BaseModel):
+    """A job: work that is asked for later."""
+
+    id: str
+    object: Literal["job"] = "job"
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    created_at: int = Field(description="Unix time in seconds")
+    progress: float = Field(ge=0, le=1, description="the part of all steps that is done")
+    retries: int = Field(description="how often it was begun anew because its replica was lost: 0 or 1")
+    images: list[JobImage] = Field(description="those that are done")
+    timings: dict[str, float] = Field(description="seconds by stage of the image that was done last")
+    warnings: list[str]
+    error: "ErrorInfo | None" = Field(description="why it failed")
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"

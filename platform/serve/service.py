@@ -6,27 +6,25 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
-from lorafleet.core.errors import DeadlineExceeded, InvalidRequest, LorafleetError, RecipeMismatch
+from lorafleet.core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, NotReady, RecipeMismatch
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.recipe import BaseRef, RecipeStart
 from lorafleet.serve.admission import Admission
+from lorafleet.serve.cache import make_cache
 from lorafleet.serve.config import ServeSettings
-from lorafleet.serve.events import Done, Event, Image, Queued
+from lorafleet.serve.events import Done, Event, Image, Queued, Retrying
+from lorafleet.serve.idempotency import RememberedRuns
 from lorafleet.serve.pictures import Upload, prepare
 from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.runs import Run
+from lorafleet.serve.terms import Terms
 from lorafleet.serve.work import Start, Work
 
+ANY_TERMS: Final = Terms()
 ErrorBody = Callable[[Exception], dict[str, Any]]
 DEADLINE_GRACE_S: Final = 5.0  # a replica notices a passed deadline itself, within one step; then the gateway does
 
 DECODINGS: Final = 2  # uploaded pictures that are in memory decoded at a time, up to 130 MB each with its mask
-
-
-class ModelNotFound(LorafleetError):
-    """No model under that id is served."""
-
-    code = "model_not_found"
 
 
 class Backend(Protocol):
@@ -51,6 +49,8 @@ class Service:
         self.error_body = error_body
         self.known_model: ModelInfo | None = None
         self._backend = backend
+        self._cache = make_cache(settings.cache)
+        self._remembered = RememberedRuns()
         self._decoding = asyncio.Semaphore(DECODINGS)
         self._admission = Admission(servers=settings.replicas, max_queued=settings.max_queued)
 
@@ -94,22 +94,72 @@ class Service:
         settled = request.model_copy(update={"width": width, "height": height, "seed": seed})
         return model, Work(settled, prepared, previews=previews, is_seeded=request.seed is not None)
 
-    def start(self, work: Work, *, is_detailed: bool) -> Run:
-        """Begins the work; without details there are no events before the images. Raises Overloaded.
+    async def start(self, work: Work, terms: Terms = ANY_TERMS, *, is_detailed: bool) -> Run:
+        """Begins the work, or joins it; without details there are no events before the images.
 
-        The caller holds the run and lets it go.
+        Raises Overloaded or IdempotencyConflict. The caller holds the run and lets it go.
         """
-        timeout_s = self.settings.request_timeout_s
-        place = self._admission.admit(work.cost(), timeout_s)
-        return Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: place.leave(is_done=run.is_good))
+        fingerprint = self.fingerprint(work)
+        if terms.key is not None and (run := self._remembered.find(terms.key, fingerprint)):
+            return run
+        is_cachable = work.is_seeded and self.settings.cache.max_bytes > 0
+        cached = await self._cache.get(fingerprint) if is_cachable and terms.uses_cache else None
+        if terms.key is not None and (run := self._remembered.find(terms.key, fingerprint)):  # begun meanwhile
+            return run
+        if cached is not None:
+            run = Run(_told(cached), is_cached=True)
+        else:
+            timeout_s = self.settings.request_timeout_s
+            place = self._admission.admit(work.cost(), timeout_s)
+            run = Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: place.leave(is_done=run.is_good))
+            if is_cachable:
+                run.when_good(lambda result: self._cache.put(fingerprint, result))
+        if terms.key is not None:
+            self._remembered.remember(terms.key, fingerprint, run)
+        return run
 
-    async def generate(self, work: Work) -> GenerationResult:
+    def start_job(self, work: Work, tries: int) -> Run:
+        """As `start`, for work that has waited for its turn elsewhere: nothing is refused, and it is begun anew when
+        its replica is lost, so many times in all. The caller holds the run and lets it go."""
+        place = self._admission.enter(work.cost())
+        events = self._tried(work, self.settings.jobs.timeout_s, tries)
+        return Run(events, on_end=lambda run: place.leave(is_done=run.is_good))
+
+    async def generate(self, work: Work, terms: Terms = ANY_TERMS) -> GenerationResult:
         """All images; the work is called off when the caller leaves."""
-        run = self.start(work, is_detailed=False)
+        run = await self.start(work, terms, is_detailed=False)
         try:
             return await run.result()
         finally:
             run.let_go()
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds that the work in flight takes, as far as is known."""
+        return self._admission.backlog_s
+
+    def fingerprint(self, work: Work) -> str:
+        return work.fingerprint(self.known_model.ref.fingerprint if self.known_model else "")
+
+    async def close(self) -> None:
+        await self._cache.close()
+
+    async def _tried(self, work: Work, timeout_s: float, tries: int) -> AsyncGenerator[Event]:
+        images: set[int] = set()
+        for left in reversed(range(tries)):
+            try:
+                async with aclosing(self._events(work, timeout_s, is_detailed=True)) as events:
+                    async for event in events:
+                        if isinstance(event, Queued) or (isinstance(event, Image) and event.image in images):
+                            continue
+                        if isinstance(event, Image):
+                            images.add(event.image)
+                        yield event
+                return
+            except NotReady as error:
+                if not left:
+                    raise
+                yield Retrying(error.message)
 
     async def _events(self, work: Work, timeout_s: float, is_detailed: bool) -> AsyncGenerator[Event]:
         try:
@@ -123,9 +173,16 @@ class Service:
                 result = await self._backend.generate(work, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"the images were not done in {timeout_s:g} seconds") from None
-        for number, (png, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-            yield Image(number, seed, png)
-        yield Done(result.timings, result.warnings)
+        async for event in _told(result):
+            yield event
+
+
+async def _told(result: GenerationResult) -> AsyncGenerator[Event]:
+    """A result as the events that tell it."""
+    yield Queued()
+    for number, (png, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+        yield Image(number, seed, png)
+    yield Done(result.timings, result.warnings)
 
 
 def _check_start(start: Start | None, expected: RecipeStart) -> None:

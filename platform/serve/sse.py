@@ -13,7 +13,7 @@ HEARTBEAT_S: Final = 10.0  # proxies drop connections that are silent for longer
 _HEARTBEAT: Final = b": still here\n\n"
 
 
-def encode(name: str, data: dict[str, Any], number: int | None = None) -> bytes:
+def encode(name: str, data: dict[str, Any], number: str | None = None) -> bytes:
     """One event; `number` is what a client sends back as `Last-Event-ID` to go on after it."""
     head = "" if number is None else f"id: {number}\n"
     return f"{head}event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()

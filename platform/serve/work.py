@@ -1,8 +1,11 @@
 """What the gateway asks a replica to do. Imports no torch, so that the gateway need not either."""
 
+import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.recipe import RecipeStart
@@ -35,6 +38,26 @@ class Work:
     start: Start | None = None
     previews: int = 0
     is_seeded: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json`, in another process or after a restart too."""
+        start = None
+        if self.start is not None:
+            pictures = [
+                None if png is None else base64.b64encode(png).decode() for png in (self.start.image, self.start.mask)
+            ]
+            start = {"image": pictures[0], "mask": pictures[1], "recipe": self.start.recipe.model_dump()}
+        request = self.request.model_dump(mode="json")
+        return {"request": request, "start": start, "previews": self.previews, "is_seeded": self.is_seeded}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        start = content["start"]
+        if start is not None:
+            mask = None if start["mask"] is None else base64.b64decode(start["mask"])
+            start = Start(base64.b64decode(start["image"]), mask, RecipeStart(**start["recipe"]))
+        request = GenerationRequest(**content["request"])
+        return cls(request, start, content["previews"], content["is_seeded"])
 
     def cost(self) -> float:
         """How much there is to do, in megapixels that go through the UNet; encoding and decoding count as two more.

@@ -2,7 +2,9 @@
 
 import contextlib
 import random
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -27,13 +29,30 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def service_url(free_port: Callable[[], int]) -> Iterator[str]:
-    settings = ServeSettings.model_validate({**SETTINGS, "port": free_port(), "base": {"device": "cpu"}})
+def jobs(free_port: Callable[[], int]) -> Iterator[dict[str, object]]:
+    """Settings that keep jobs in a Redis, if there is one on this machine; without, in memory."""
+    server = shutil.which("redis-server")
+    if server is None:
+        yield {}
+        return
+    port = free_port()
+    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    yield {"redis_url": f"redis://127.0.0.1:{port}/0"}
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def service_url(free_port: Callable[[], int], jobs: dict[str, object]) -> Iterator[str]:
+    own = {"port": free_port(), "base": {"device": "cpu"}, "jobs": jobs}
+    settings = ServeSettings.model_validate({**SETTINGS, **own})
     with running_service(settings) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def http(service_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service_url, timeout=60) as client:
+    """What it asks for is made, not found."""
+    with httpx.Client(base_url=service_url, timeout=60, headers={"cache-control": "no-cache"}) as client:
         yield client

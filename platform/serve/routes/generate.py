@@ -10,12 +10,15 @@ from lorafleet.core.errors import InvalidRequest
 from lorafleet.serve import sse
 from lorafleet.serve.body import read_body
 from lorafleet.serve.openapi import MAY_FAIL, errors, json_body
+from lorafleet.serve.result import GenerationResult
 from lorafleet.serve.routes.streaming import plainly, respond
 from lorafleet.serve.schemas import GenerateBody, GenerateReply
 from lorafleet.serve.service import Service
+from lorafleet.serve.terms import terms_of
 
 JSON: Final = "application/json"
 PNG: Final = "image/png"
+CACHE_HEADER: Final = "x-lorafleet-cache"
 SEED_HEADER: Final = "x-lorafleet-seed"
 
 
@@ -26,7 +29,7 @@ def add(app: FastAPI, service: Service) -> None:
         "/generate",
         tags=["generate"],
         response_model=GenerateReply,
-        responses={200: {"content": {PNG: {}, sse.MEDIA_TYPE: {}}}, **errors(409, *MAY_FAIL)},
+        responses={200: {"content": {PNG: {}, sse.MEDIA_TYPE: {}}}, **errors(*MAY_FAIL)},
         openapi_extra=json_body(GenerateBody),
     )
     async def generate(http: Request) -> Response:
@@ -41,11 +44,12 @@ def add(app: FastAPI, service: Service) -> None:
         model, work = await service.accept(
             body.request(), base=body.base, upload=body.upload(), start=body.start, previews=body.previews
         )
+        terms = terms_of(http)
         if answer == sse.MEDIA_TYPE:
-            return await respond(service.start(work, is_detailed=True), plainly, service.error_body)
-        result = await service.generate(work)
+            return await respond(await service.start(work, terms, is_detailed=True), plainly, service.error_body)
+        result = await service.generate(work, terms)
         if answer == PNG:
-            return Response(result.images[0], media_type=PNG, headers={SEED_HEADER: str(result.seeds[0])})
+            return Response(result.images[0], media_type=PNG, headers=headers_of(result))
         reply = GenerateReply(
             id=http.state.request_id,
             model=model.ref.id,
@@ -54,7 +58,12 @@ def add(app: FastAPI, service: Service) -> None:
             timings=result.timings,
             warnings=result.warnings,
         )
-        return JSONResponse(reply.model_dump())
+        return JSONResponse(reply.model_dump(), headers=headers_of(result))
+
+
+def headers_of(result: GenerationResult) -> dict[str, str]:
+    """The first seed, and whether the images were made before; timings are then those of that time."""
+    return {SEED_HEADER: str(result.seeds[0]), CACHE_HEADER: "hit" if result.is_cached else "miss"}
 
 
 def preferred_type(accept: str) -> str:

@@ -10,9 +10,10 @@ from lorafleet.core.generation import GenerationRequest
 from lorafleet.serve.body import InvalidBody, read_either
 from lorafleet.serve.openapi import MAY_FAIL, errors, json_body
 from lorafleet.serve.pictures import Upload, from_base64
-from lorafleet.serve.routes.generate import PNG, SEED_HEADER
+from lorafleet.serve.routes.generate import PNG, headers_of
 from lorafleet.serve.schemas import STRENGTH, ImageToImageBody, TextToImageBody, TextToImageParameters
 from lorafleet.serve.service import Service
+from lorafleet.serve.terms import terms_of
 
 SAME = {"negative_prompt", "guidance_scale", "scheduler", "seed", "width", "height"}
 
@@ -38,8 +39,8 @@ def add(app: FastAPI, service: Service) -> None:
                 raise
             param = "num_inference_steps" if error.param == "steps" else error.param
             raise InvalidRequest(f"parameters: {error.message}", param=f"parameters.{param}") from error
-        result = await service.generate(work)
-        return Response(result.images[0], media_type=PNG, headers={SEED_HEADER: str(result.seeds[0])})
+        result = await service.generate(work, terms_of(http))
+        return Response(result.images[0], media_type=PNG, headers=headers_of(result))
 
 
 def _is_image_to_image(content: dict[str, Any]) -> bool:

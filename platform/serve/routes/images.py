@@ -16,9 +16,11 @@ from lorafleet.serve.body import Files, read_body, read_form
 from lorafleet.serve.events import Event, Image, Step
 from lorafleet.serve.openapi import MAY_FAIL, errors, form_body, json_body
 from lorafleet.serve.pictures import Upload, enlarge
+from lorafleet.serve.routes.generate import headers_of
 from lorafleet.serve.routes.streaming import Translate, respond
 from lorafleet.serve.schemas import EDIT_STRENGTH, EditsBody, ImageData, ImagesBody, ImagesFields, ImagesReply
 from lorafleet.serve.service import Service
+from lorafleet.serve.terms import Terms, terms_of
 from lorafleet.serve.work import Work
 
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {sse.MEDIA_TYPE: {}}}}
@@ -40,7 +42,7 @@ def add(app: FastAPI, service: Service) -> None:
     async def images_generations(http: Request) -> Response:
         """OpenAI's image generation. With `stream` the events `image_generation.partial_image` and `.completed`."""
         body = await read_body(http, ImagesBody, limit)
-        return await _answer(service, body, None, "image_generation")
+        return await _answer(service, terms_of(http), body, None, "image_generation")
 
     @app.post(
         "/v1/images/edits",
@@ -53,22 +55,23 @@ def add(app: FastAPI, service: Service) -> None:
         """OpenAI's image edit. What is transparent in `mask`, or without one in `image`, is drawn anew; where there is
         neither, all of it is, as far as `strength` goes."""
         body, files = await read_form(http, EditsBody, FILES, limit)
-        return await _answer(service, body, _upload(body, files), "image_edit")
+        return await _answer(service, terms_of(http), body, _upload(body, files), "image_edit")
 
 
-async def _answer(service: Service, body: ImagesFields, upload: Upload | None, kind: str) -> Response:
+async def _answer(service: Service, terms: Terms, body: ImagesFields, upload: Upload | None, kind: str) -> Response:
     previews = body.partial_images or 0 if body.stream else 0
     with _renamed():
         _, work = await service.accept(body.request(), model_id=body.model, upload=upload, previews=previews)
     if body.stream:
-        return await respond(service.start(work, is_detailed=True), _translation(body, work, kind), service.error_body)
-    result = await service.generate(work)
+        run = await service.start(work, terms, is_detailed=True)
+        return await respond(run, _translation(body, work, kind), service.error_body)
+    result = await service.generate(work, terms)
     reply = ImagesReply(
         created=int(time.time()),
         data=[ImageData(b64_json=base64.b64encode(png).decode()) for png in result.images],
         size=_size(work),
     )
-    return JSONResponse(reply.model_dump())
+    return JSONResponse(reply.model_dump(), headers=headers_of(result))
 
 
 def _upload(body: EditsBody, files: Files) -> Upload:

@@ -2,10 +2,11 @@
 
 from fastapi import FastAPI
 
+from lorafleet.core.errors import ModelNotFound
 from lorafleet.serve.openapi import errors
 from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.schemas import ModelCard, ModelList
-from lorafleet.serve.service import ModelNotFound, Service
+from lorafleet.serve.service import Service
 
 
 def add(app: FastAPI, service: Service) -> None:

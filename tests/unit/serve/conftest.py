@@ -56,6 +56,8 @@ def running_pipeline() -> Iterator[Pipeline]:
 @pytest.fixture
 def make_app(running_pipeline: Pipeline) -> Callable[..., FastAPI]:
     def make(**settings: object) -> FastAPI:
+        """Without a cache, unless it is set: what a test asks for is made."""
+        settings = {"cache": {"max_bytes": 0}, **settings}
         return create_app(ServeSettings.model_validate(settings), LocalBackend(running_pipeline))
 
     return make

@@ -95,7 +95,7 @@ def test_silence_is_filled_with_heartbeats(heartbeat_s: float) -> None:
 
     async def slow() -> AsyncIterator[bytes]:
         await asyncio.sleep(0.1)
-        yield encode("x", {"a": "é\n"}, 3)
+        yield encode("x", {"a": "é\n"}, "3")
 
     async def collect() -> bytes:
         sent: list[bytes] = []

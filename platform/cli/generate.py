@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lorafleet.serve.config import ServeSettings
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+PREVIEWS = 8
 
 
 class Result(Protocol):
@@ -32,6 +34,16 @@ class Result(Protocol):
     def timings(self) -> Mapping[str, float]: ...
     @property
     def warnings(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A result put together from events."""
+
+    images: Sequence[bytes]
+    seeds: Sequence[int]
+    timings: Mapping[str, float]
+    warnings: Sequence[str]
 
 
 def generate(
@@ -52,6 +64,10 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)} [default: euler].")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Images, seeds counting up.")] = None,
     url: Annotated[str | None, typer.Option(help=f"The service [default: {DEFAULT_URL}].")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show how far the service is, step by step.")] = False,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="With --stream: keep the newest small picture of it here.")
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="Load the model here instead of asking a service.")] = False,
     recipe: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Make this image again; other options change what they name.")
@@ -63,6 +79,10 @@ def generate(
     """Make images of PROMPT and save them as PNG files, each with its recipe inside."""
     if local and url:
         raise typer.BadParameter("--local makes the image here, --url elsewhere: give one of them.")
+    if local and stream:
+        raise typer.BadParameter("--local shows its steps anyway; leave out --stream.")
+    if preview and not stream:
+        raise typer.BadParameter("--preview shows what --stream tells; give both.")
     if not local and (config or overrides):
         raise typer.BadParameter("--config and --set configure --local; a service has its own settings.")
     if recipe and num_images:
@@ -83,10 +103,12 @@ def generate(
     given = {name: value for name, value in fields.items() if value is not None}
     wanted = _request(given, recipe)
     files = _files(output, 1 if recipe else num_images or 1)
+    if preview:
+        _files(preview, 1)
     if local:
         result = _generate_here(wanted, serve_settings(config, overrides))
     else:
-        result = _generate_there(wanted, url or DEFAULT_URL)
+        result = _stream_from(url or DEFAULT_URL, wanted, preview) if stream else _ask(url or DEFAULT_URL, wanted)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     for file, image in zip(files, result.images, strict=True):
@@ -118,13 +140,45 @@ def _files(output: Path, count: int) -> list[Path]:
     return files
 
 
-def _generate_there(wanted: "GenerationRequest | Recipe", url: str) -> Result:
+def _ask(url: str, wanted: "GenerationRequest | Recipe") -> Result:
     from rich.console import Console
 
     from lorafleet.client import Client
 
     with Client(url) as client, Console(stderr=True).status("generating"):
         return client.generate(wanted)
+
+
+def _stream_from(url: str, wanted: "GenerationRequest | Recipe", preview: Path | None) -> Result:
+    """As `_ask`, with a bar. Ctrl-C closes the stream, and so calls the work off."""
+    from contextlib import closing
+
+    from lorafleet.client import Client, Done, Image, Step
+
+    images: dict[int, Image] = {}
+    steps: dict[int, int] = {}
+    with (
+        Client(url) as client,
+        closing(client.stream(wanted, previews=PREVIEWS if preview else 0)) as events,
+        _step_bar() as on_step,
+    ):
+        for event in events:
+            if isinstance(event, Step):
+                steps[event.image] = event.done
+                on_step(sum(steps.values()), event.total * getattr(wanted, "num_images", 1))
+                if preview and event.preview:
+                    preview.write_bytes(event.preview)
+            elif isinstance(event, Image):
+                images[event.image] = event
+            elif isinstance(event, Done):
+                in_order = [images[number] for number in sorted(images)]
+                return Streamed(
+                    [image.png for image in in_order],
+                    [image.seed for image in in_order],
+                    event.timings,
+                    event.warnings,
+                )
+    raise AssertionError("a stream ends with Done or an error")
 
 
 def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSettings") -> Result:
@@ -139,6 +193,11 @@ def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSetting
                 f"the recipe was made by {wanted.base.id} ({wanted.base.fingerprint[:12]}), but {base.id} "
                 f"({base.fingerprint[:12]}) is loaded: set base.id.",
                 param="base",
+            )
+        if wanted.start is not None:
+            raise InvalidRequest(
+                "this image was made from a picture, which its recipe does not hold: send both to a service.",
+                param="recipe",
             )
         wanted = wanted.request()
     with _step_bar() as on_step:

@@ -1,5 +1,27 @@
-"""A typed client for a running Lorafleet. No torch, no Ray."""
+"""A typed client for a running Lorafleet, for threads and for event loops. No torch, no Ray.
 
-from lorafleet.client.http import Client, GenerateResult
+`http` and `async_http` are the two clients; `exchange` what they share, without the network; `events` and `results`
+what comes back. Errors are those of `lorafleet.core.errors`.
+"""
 
-__all__ = ["Client", "GenerateResult"]
+from lorafleet.client.async_http import AsyncClient
+from lorafleet.client.events import Cancelled, Done, Event, Image, Queued, Retrying, Started, Step
+from lorafleet.client.http import Client
+from lorafleet.client.results import GenerateResult, JobFailure, JobImage, JobStatus
+
+__all__ = [
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "Done",
+    "Event",
+    "GenerateResult",
+    "Image",
+    "JobFailure",
+    "JobImage",
+    "JobStatus",
+    "Queued",
+    "Retrying",
+    "Started",
+    "Step",
+]

@@ -4,37 +4,37 @@ with Client("http://127.0.0.1:8000") as client:
     result = client.generate(GenerationRequest(prompt="a red apple on a blue background"))
 """
 
-import base64
-import ipaddress
-from typing import Any, NoReturn, Self
-from urllib.parse import urlsplit
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorafleet.core.errors import ConfigError, DeadlineExceeded, LorafleetError, NotReady, Overloaded, by_code
+from lorafleet.client.events import Cancelled, Decoder, Done, Event, Message
+from lorafleet.client.exchange import (
+    FIRST_WAIT_S,
+    Call,
+    ConnectionLost,
+    Interpreter,
+    check_url,
+    edit_call,
+    generate_call,
+    job_call,
+    options,
+    wait_before_retry,
+)
+from lorafleet.client.results import GenerateResult, JobStatus
+from lorafleet.core.errors import DeadlineExceeded, NotReady
 from lorafleet.core.generation import GenerationRequest
-from lorafleet.core.ranges import short
 from lorafleet.core.recipe import Recipe
-
-CONNECT_TIMEOUT_S = 5.0
-
-
-class GenerateResult(BaseModel):
-    """What `POST /generate` answered: PNG bytes and, image by image, the seed that makes it again."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    model: str
-    images: list[bytes] = Field(description="PNG files, each with its recipe inside")
-    seeds: list[int]
-    timings: dict[str, float] = Field(description="seconds: queue_s, encode_s, denoise_s, decode_s, total_s")
-    warnings: list[str] = []
 
 
 class Client:
-    """A connection pool to one server; use it as a context manager. Safe to share between threads."""
+    """A connection pool to one server; use it as a context manager. Safe to share between threads.
+
+    Answers 429 and 503 are asked again, as many times as `retries` and when the server says so.
+    """
 
     def __init__(
         self,
@@ -42,43 +42,153 @@ class Client:
         *,
         timeout_s: float = 600.0,
         api_key: str | None = None,
+        retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """`transport` replaces the network in tests."""
-        self.url = url.rstrip("/")
+        """`transport` replaces the network in tests. Raises ConfigError for an address that is none."""
+        self.url = check_url(url)
         self.timeout_s = timeout_s
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"the address must look like http://127.0.0.1:8000, not {short(url)}.", param="url")
-        self._http = httpx.Client(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            transport=transport,
-            trust_env=not _is_local(parts.hostname),  # a company's proxy cannot reach this machine's loopback
-        )
+        self.retries = retries
+        self._interpreter = Interpreter(self.url, timeout_s)
+        self._http = httpx.Client(**options(self.url, timeout_s, api_key), transport=transport)
 
-    def generate(self, request: GenerationRequest | Recipe) -> GenerateResult:
-        """Make the images; a Recipe is refused (RecipeMismatch) by a server with another base model."""
-        body = self._call("POST", "/generate", json=request.model_dump(mode="json", exclude_none=True))
-        try:
-            images = [base64.b64decode(image, validate=True) for image in body["images"]]
-            return GenerateResult.model_validate({**body, "images": images})
-        except (KeyError, TypeError, ValueError, ValidationError):
-            self._not_lorafleet(f"POST /generate gave {short(body)}")
+    def generate(
+        self,
+        request: GenerationRequest | Recipe,
+        *,
+        init_image: bytes | None = None,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> GenerateResult:
+        """Make the images; a Recipe is refused (RecipeMismatch) by a server with another base model.
+
+        With `init_image` they begin with that picture, and only what is white in `mask` is drawn anew.
+        """
+        call = generate_call(
+            "/generate",
+            request,
+            init_image=init_image,
+            mask=mask,
+            strength=strength,
+            idempotency_key=idempotency_key,
+        )
+        return self._interpreter.parse(GenerateResult, self._ask(call), "POST /generate")
+
+    def stream(
+        self,
+        request: GenerationRequest | Recipe,
+        *,
+        previews: int = 0,
+        init_image: bytes | None = None,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Generator[Event]:
+        """As `generate`, event by event; the last one is Done. Closing it before that calls the work off."""
+        call = generate_call(
+            "/generate",
+            request,
+            init_image=init_image,
+            mask=mask,
+            strength=strength,
+            idempotency_key=idempotency_key,
+            previews=previews,
+            wants_events=True,
+        )
+        with closing(self._messages(call)) as messages:
+            for message in messages:
+                if event := self._interpreter.event(message):
+                    yield event
+                    if isinstance(event, Done):
+                        return
+        raise self._interpreter.cut_off()
+
+    def edit(
+        self,
+        request: GenerationRequest,
+        image: bytes,
+        *,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[bytes]:
+        """The picture drawn anew where `mask`, or without one the picture itself, is transparent; PNG files.
+
+        Where nothing is transparent, all of it is, as far as `strength` (0 to 1) goes.
+        """
+        call = edit_call(request, image, mask=mask, strength=strength, idempotency_key=idempotency_key)
+        return self._interpreter.edited(self._ask(call))
+
+    def submit(
+        self,
+        request: GenerationRequest | Recipe,
+        *,
+        previews: int = 0,
+        init_image: bytes | None = None,
+        mask: bytes | None = None,
+        strength: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobStatus:
+        """A job that makes the images when its turn comes, whoever waits for it."""
+        call = generate_call(
+            "/v1/jobs",
+            request,
+            init_image=init_image,
+            mask=mask,
+            strength=strength,
+            idempotency_key=idempotency_key,
+            previews=previews,
+        )
+        return self._interpreter.parse(JobStatus, self._ask(call), "POST /v1/jobs")
+
+    def job(self, job_id: str) -> JobStatus:
+        """How far it is. Raises JobNotFound."""
+        return self._interpreter.parse(JobStatus, self._ask(job_call("GET", job_id)), "GET /v1/jobs")
+
+    def cancel(self, job_id: str) -> JobStatus:
+        """Calls a job off within a step; one that has ended stays as it is. Raises JobNotFound."""
+        return self._interpreter.parse(JobStatus, self._ask(job_call("DELETE", job_id)), "DELETE /v1/jobs")
+
+    def job_events(self, job_id: str) -> Generator[Event]:
+        """All that has happened to a job and happens until it ends, over broken connections too.
+
+        Raises what it ended with, if not well or called off.
+        """
+        after: str | None = None
+        broken = 0
+        while True:
+            try:
+                call = job_call("GET", job_id, "/events", after)
+                with closing(self._messages(call)) as messages:
+                    for message in messages:
+                        after, broken = message.number, 0
+                        if event := self._interpreter.event(message):
+                            yield event
+                            if isinstance(event, Done | Cancelled):
+                                return
+                raise self._interpreter.cut_off()
+            except ConnectionLost:
+                broken += 1
+                if broken > self.retries:
+                    raise
+                time.sleep(FIRST_WAIT_S * broken)
+
+    def wait(self, job_id: str) -> JobStatus:
+        """The job once it is done. Raises what it ended with, if not well."""
+        with closing(self.job_events(job_id)) as events:
+            for _ in events:
+                pass
+        return self._interpreter.finished(self.job(job_id))
 
     def models(self) -> list[str]:
         """The ids that the server serves."""
-        body = self._call("GET", "/v1/models")
-        try:
-            return [str(entry["id"]) for entry in body["data"]]
-        except (KeyError, TypeError):
-            self._not_lorafleet(f"GET /v1/models gave {short(body)}")
+        return self._interpreter.model_ids(self._ask(Call("GET", "/v1/models")))
 
     def ready(self) -> bool:
         """Whether a server is there and can generate now."""
         try:
-            self._call("GET", "/readyz")
+            self._ask(Call("GET", "/readyz"), retries=0)
         except (NotReady, DeadlineExceeded):
             return False
         return True
@@ -92,50 +202,39 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: str, path: str, json: object = None) -> Any:
+    def _ask(self, call: Call, retries: int | None = None) -> Any:
+        tries = 0
+        while True:
+            tries += 1
+            with self._translated():
+                response = self._http.request(call.method, call.path, **call.arguments())
+            wait_s = wait_before_retry(response, tries, self.retries if retries is None else retries)
+            if wait_s is None:
+                return self._interpreter.content(response)
+            time.sleep(wait_s)
+
+    def _messages(self, call: Call) -> Generator[Message]:
+        tries = 0
+        while True:
+            tries += 1
+            with self._translated():
+                with self._http.stream(call.method, call.path, **call.arguments()) as response:
+                    if response.is_success:
+                        decoder = Decoder()
+                        for line in response.iter_lines():
+                            if message := decoder.feed(line):
+                                yield message
+                        return
+                    response.read()
+                wait_s = wait_before_retry(response, tries, self.retries)
+                if wait_s is None:
+                    self._interpreter.content(response)
+                    return
+            time.sleep(wait_s)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
         try:
-            response = self._http.request(method, path, json=json)
-        except httpx.ConnectError as error:
-            raise NotReady(f"no Lorafleet at {self.url}: is `lorafleet serve` running?") from error
-        except httpx.TimeoutException as error:
-            raise DeadlineExceeded(f"no answer from {self.url} within {self.timeout_s:g} s.") from error
+            yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NotReady(f"the connection to {self.url} broke: {error}.") from error
-        try:
-            body = response.json()
-        except ValueError:
-            body = response.text
-        if response.is_success:
-            return body
-        raise _error(response, body, self.url)
-
-    def _not_lorafleet(self, what: str) -> NoReturn:
-        raise LorafleetError(f"{self.url} does not answer like a Lorafleet: {what}")
-
-
-def _error(response: httpx.Response, body: Any, url: str) -> LorafleetError:
-    """The server's one error shape as the class whose `code` it names."""
-    fault = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(fault, dict) or not isinstance(fault.get("message"), str):
-        reason = f"{response.status_code} {response.reason_phrase}"
-        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            return NotReady(f"{url} is not ready ({reason}).")
-        return LorafleetError(f"{url} answered {reason} and no reason: is it a Lorafleet?")
-    error = by_code().get(str(fault.get("code")), LorafleetError)(fault["message"], param=fault.get("param"))
-    if isinstance(error, Overloaded):
-        error.retry_after_s = _seconds(response.headers.get("retry-after"), error.retry_after_s)
-    return error
-
-
-def _seconds(text: str | None, default: float) -> float:
-    try:
-        return float(text) if text else default
-    except ValueError:
-        return default  # the header may also be a date
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+            raise self._interpreter.failure(error) from error

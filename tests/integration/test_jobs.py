@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 APPLE = {"prompt": "red apple on a blue background", "steps": 4, "seed": 7}
-LONG = {"prompt": "x", "steps": 60, "seed": 3, "num_images": 2}
+LONG = {"prompt": "x", "steps": 30, "seed": 3, "num_images": 2}
 
 
 def ended(http: httpx.Client, job_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -64,20 +64,17 @@ def test_a_job_is_called_off_within_a_step(http: httpx.Client) -> None:
 
 
 def test_jobs_outlive_their_replica(http: httpx.Client) -> None:
-    jobs = [http.post("/v1/jobs", json={**LONG, "seed": seed}).json()["id"] for seed in (3, 4)]
-    running(http, jobs[0])
-    with http.stream(
-        "POST", "/generate", json={**LONG, "num_images": 1}, headers={"accept": "text/event-stream"}
-    ) as reply:
+    events = {"accept": "text/event-stream"}
+    with http.stream("POST", "/generate", json={**LONG, "steps": 150}, headers=events) as reply:
         lines = reply.iter_lines()
-        while "event: step" not in next(lines):
-            pass
+        assert any("event: step" in line for line in lines)
+        jobs = [http.post("/v1/jobs", json={**LONG, "seed": seed}).json()["id"] for seed in (3, 4)]
+        running(http, jobs[0])
         os.kill(process_of("Replica"), signal.SIGKILL)
         rest = "\n".join(lines)
     assert "event: error" in rest
     assert '"code": "not_ready"' in rest  # what was being waited for may be tried again
-    refused = http.get("/readyz")
-    assert refused.status_code in (200, 503)
+    assert http.get("/readyz").status_code in (200, 503)
     for job_id in jobs:
         job = ended(http, job_id)
         assert (job["status"], len(job["images"])) == ("succeeded", 2)

@@ -68,6 +68,8 @@ def test_quick_commands_load_nothing_heavy(arguments: list[str]) -> None:
         ["generate", "x", "--local", "--url", "http://127.0.0.1:1"],
         ["generate", "x", "--set", "base.id=y"],
         ["generate", "--recipe", "a.png", "-n", "2"],
+        ["generate", "x", "--stream", "--local"],
+        ["generate", "x", "--preview", "p.png"],
         ["serve", "--bogus"],
     ],
 )
@@ -90,6 +92,7 @@ def test_bad_usage_is_code_2_and_says_why(lorafleet: Lorafleet, arguments: list[
         (["x", "-o", "x.jpg"], "images are saved as PNG: x.jpg should end in .png."),
         (["--recipe", "none.png"], "cannot read none.png: No such file or directory."),
         (["--recipe", "text.png"], "text.png is not a PNG."),
+        (["x", "--stream", "--preview", "p.jpg"], "images are saved as PNG: p.jpg should end in .png."),
         (["x", "--url", "localhost"], "the address must look like http://127.0.0.1:8000, not 'localhost'."),
     ],
 )

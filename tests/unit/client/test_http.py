@@ -23,7 +23,7 @@ ANSWER = {
 
 
 def client(answer: Callable[[httpx.Request], httpx.Response]) -> Client:
-    return Client(URL, transport=httpx.MockTransport(answer), api_key="secret")
+    return Client(URL, transport=httpx.MockTransport(answer), api_key="secret", retries=0)
 
 
 def test_generate_sends_the_request_and_decodes_the_images() -> None:

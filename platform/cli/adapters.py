@@ -220,14 +220,10 @@ def _open(
     """The registry, and the base that adapters are checked against, from the settings that the service has too."""
     from lorafleet.core.config import load_settings
     from lorafleet.core.registry import open_registry
-    from lorafleet.core.registry_config import RegistryConfig
     from lorafleet.serve.config import ServeSettings
 
-    class Settings(ServeSettings):
-        registry: RegistryConfig = RegistryConfig()
-
     given = [f"registry.url={url}"] if url is not None else []
-    settings = load_settings(Settings, config_file=config_file, overrides=[*(overrides or ()), *given])
+    settings = load_settings(ServeSettings, config_file=config_file, overrides=[*(overrides or ()), *given])
     return open_registry(settings.registry), settings.base
 
 

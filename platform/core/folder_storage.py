@@ -4,6 +4,7 @@ Not fsspec's own local files: those are written in place (or, with `autocommit=F
 perhaps from another disk), and its listing loses a whole folder when one file of it vanishes meanwhile.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,10 +22,13 @@ MKDIR_ATTEMPTS: Final = 100
 class FolderStorage(Storage):
     """A file is written beside its place, flushed to the disk, and renamed."""
 
+    is_local = True
+
     def __init__(self, root: Path) -> None:
         """`root` need not exist yet."""
         self.url = str(root)
         self._root = root
+        self._was_there = False
 
     def read(self, path: str) -> bytes | None:
         with self._translated():
@@ -32,6 +36,7 @@ class FolderStorage(Storage):
                 with (self._root / path).open("rb") as file:
                     return file.read(MAX_OBJECT_BYTES)
             except FileNotFoundError:
+                self._check_root()
                 return None
 
     def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
@@ -42,11 +47,15 @@ class FolderStorage(Storage):
             try:
                 return (self._root / path).stat().st_size
             except FileNotFoundError:
+                self._check_root()
                 return None
 
     def find(self, folder: str) -> dict[str, Stored]:
         with self._translated():
-            return {path: stored for path, stored in self._walk(folder) if UNFINISHED not in path}
+            found = {path: stored for path, stored in self._walk(folder) if UNFINISHED not in path}
+            if not found:
+                self._check_root()
+            return found
 
     def write(self, path: str, data: bytes) -> None:
         with self._translated(), _Unfinished(self._root / path) as file:
@@ -61,6 +70,7 @@ class FolderStorage(Storage):
             try:
                 source = (self._root / path).open("rb")
             except FileNotFoundError:
+                self._check_root()
                 return False
             with source, file.open("wb") as target:
                 _copy(source, target, on_progress)
@@ -98,6 +108,13 @@ class FolderStorage(Storage):
                 except FileNotFoundError:
                     continue
                 yield path, Stored(found.st_size, found.st_mtime)
+
+    def _check_root(self) -> None:
+        """Tells a folder that is gone, such as a volume that was unmounted, from one without such an object."""
+        is_there = self._root.is_dir()
+        if self._was_there and not is_there:
+            raise FileNotFoundError(errno.ENOENT, "it is not there any more")
+        self._was_there = is_there
 
     def _translated(self) -> AbstractContextManager[None]:
         return translated(f"the adapter registry {self.url}")

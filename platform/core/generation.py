@@ -7,6 +7,8 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from lorafleet.core.manifest import REFERENCE_PATTERN
+
 SchedulerName = Literal["euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "lcm", "heun"]
 SCHEDULERS: Final[tuple[str, ...]] = get_args(SchedulerName)
 
@@ -20,11 +22,31 @@ MAX_SIDE_PX: Final = 2048
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
 NegativePrompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+MAX_ADAPTERS: Final = 4
+MAX_WEIGHT: Final = 4.0
+
 SidePx = Annotated[int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Guidance = Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 ImageCount = Annotated[int, Field(ge=1, le=MAX_IMAGES)]
+AdapterReference = Annotated[str, StringConstraints(max_length=129, pattern=REFERENCE_PATTERN)]
+AdapterWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+
+
+class AdapterUse(BaseModel):
+    """One adapter that images are made with, and how strongly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: AdapterReference = Field(
+        description="NAME, which means its alias production or else the latest, NAME@ALIAS, or NAME@ and a version's "
+        "first digits"
+    )
+    weight: AdapterWeight = Field(default=1.0, description="0 leaves it out, below 0 turns it around")
+
+
+AdapterUses = Annotated[list[AdapterUse], Field(max_length=MAX_ADAPTERS)]
 
 
 class GenerationRequest(BaseModel):
@@ -47,3 +69,4 @@ class GenerationRequest(BaseModel):
     scheduler: SchedulerName = Field(default="euler", description="the sampler")
     seed: Seed | None = Field(default=None, description="noise seed; left out: a random one, returned with the image")
     num_images: ImageCount = Field(default=1, description="images to make, seeds counting up")
+    adapters: AdapterUses = Field(default=[], description=f"at most {MAX_ADAPTERS} adapters, whose changes add up")

@@ -17,6 +17,7 @@ from lorafleet.core.ranges import short
 PRODUCTION: Final = "production"
 LATEST: Final = "latest"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+REFERENCE_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}(@[a-z0-9][a-z0-9._-]{0,63})?$"
 MIN_PREFIX_CHARS: Final = 6
 MAX_TRIGGER_WORDS: Final = 32
 MAX_SHARES: Final = 16

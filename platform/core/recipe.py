@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import (
+    AdapterUses,
     GenerationRequest,
     Guidance,
     NegativePrompt,
@@ -87,6 +88,7 @@ class Recipe(BaseModel):
     base: BaseRef
     versions: dict[str, str]
     start: RecipeStart | None = None
+    adapters: AdapterUses = Field(default=[], description="each by its whole version")
 
     def request(self) -> GenerationRequest:
         """The request for this one image."""
@@ -112,7 +114,9 @@ def embed(image: Image.Image, recipe: Recipe) -> bytes:
     pixels.info = {}  # a colour profile or a date from elsewhere would travel along
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
-    info.add_itxt(CHUNK, recipe.model_dump_json(exclude={"start"} if recipe.start is None else None))
+    info.add_itxt(
+        CHUNK, recipe.model_dump_json(exclude={name for name in ("start", "adapters") if not getattr(recipe, name)})
+    )
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG", pnginfo=info, **COMPRESSION)
     return buffer.getvalue()
@@ -146,7 +150,8 @@ def extract(png: bytes | Path) -> Recipe:
 
 def parameters(recipe: Recipe) -> str:
     """The recipe as A1111's text: prompt, negative prompt, then one line of settings."""
-    lines = [recipe.prompt]
+    tags = [f"<lora:{adapter.name.partition('@')[0]}:{adapter.weight:g}>" for adapter in recipe.adapters]
+    lines = [" ".join([recipe.prompt, *tags])]
     if recipe.negative_prompt:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")
     settings: dict[str, object] = {
@@ -161,6 +166,9 @@ def parameters(recipe: Recipe) -> str:
     }
     if recipe.start is not None:
         settings["Denoising strength"] = recipe.start.strength
+    if recipe.adapters:
+        hashes = (adapter.name.partition("@") for adapter in recipe.adapters)
+        settings["Lora hashes"] = ", ".join(f"{name}: {version[:12]}" for name, _, version in hashes)
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
     return "\n".join(lines)
 

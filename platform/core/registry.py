@@ -13,7 +13,7 @@ import difflib
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,14 +62,17 @@ Check = Callable[[Path], AdapterFacts]
 """Looks at an adapter's file, raises LorafleetError unless it can be served, and says what it is."""
 DAY_S: Final = 24 * 3600.0
 UPLOAD_ATTEMPTS: Final = 3
+PROBE: Final = f"{ADAPTERS}/probe"  # there is no such object
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """The version that a reference means now. `alias`: the one that led there, None for a reference to a version."""
+    """A version that a reference means now. `alias`: the one that led there, None for a reference to a version.
+    `share`: the part of the requests that it gets, 1 unless the alias names several."""
 
     manifest: Manifest
     alias: str | None
+    share: float = 1.0
 
 
 class Registry:
@@ -78,6 +81,7 @@ class Registry:
 
     def __init__(self, storage: Storage, cache: AdapterCache, *, max_adapter_bytes: int = 2 << 30) -> None:
         self.url = storage.url
+        self.is_local = storage.is_local
         self.max_adapter_bytes = max_adapter_bytes
         self._storage = storage
         self._cache = cache
@@ -105,6 +109,10 @@ class Registry:
             manifest = Manifest.model_validate({**facts.model_dump(), **known})
             return self._publish(manifest, file, on_progress)
 
+    def probe(self) -> None:
+        """Returns if the store answers."""
+        self._storage.read(PROBE)
+
     def entries(self) -> list[Entry]:
         """All adapters by name, as the list shows them."""
         return list(self._index.entries().values())
@@ -121,16 +129,22 @@ class Registry:
 
         Of an alias that names several versions `draw`, in [0, 1), picks one by their shares; left out, chance does.
         """
+        return drawn(self.choices(reference), draw)
+
+    def choices(self, reference: str) -> tuple[Resolved, ...]:
+        """As `resolve`: all versions that an alias names, with their shares."""
         wanted = Reference.parse(reference)
         if wanted.version is not None:
-            return Resolved(self._by_version(wanted.name, wanted.version), None)
+            return (Resolved(self._by_version(wanted.name, wanted.version), None),)
         for alias in [wanted.alias] if wanted.alias else [PRODUCTION, LATEST]:
             shares = self._alias(wanted.name, alias)
-            manifest = self._manifest(wanted.name, _drawn(shares, draw)) if shares else None
-            if manifest is None and alias == LATEST:
-                return Resolved(self.record(wanted.name).latest, LATEST)
-            if manifest is not None:
-                return Resolved(manifest, alias)
+            found = {version: self._manifest(wanted.name, version) for version in sorted(shares or {})}
+            there = {version: manifest for version, manifest in found.items() if manifest is not None}
+            if not there and alias == LATEST:
+                return (Resolved(self.record(wanted.name).latest, LATEST),)
+            if there:
+                rest = sum((shares or {})[version] for version in there)
+                return tuple(Resolved(each, alias, (shares or {})[each.version] / rest) for each in there.values())
             if shares is not None or wanted.alias is not None:
                 break
         raise self._no_alias(wanted.name, wanted.alias or PRODUCTION)
@@ -334,14 +348,14 @@ def _opened(source: Path) -> BinaryIO:
         raise InvalidRequest(f"cannot read {source}: {error.strerror}.", param="file") from None
 
 
-def _drawn(shares: Shares, draw: float | None) -> str:
-    """The version whose stretch of [0, 1) `draw` falls into."""
+def drawn(choices: Sequence[Resolved], draw: float | None = None) -> Resolved:
+    """The one whose stretch of [0, 1) `draw` falls into; left out, chance decides."""
     at = secrets.SystemRandom().random() if draw is None else draw
-    for version, share in sorted(shares.items()):
-        at -= share
+    for choice in choices:
+        at -= choice.share
         if at < 0:
-            return version
-    return max(shares)  # shares sum to 1 but for rounding
+            return choice
+    return choices[-1]  # shares sum to 1 but for rounding
 
 
 def _in_use(doomed: list[Manifest], aliases: list[str]) -> AdapterInUse:

@@ -20,6 +20,12 @@ class RegistryConfig(BaseModel):
         description="address of an S3 that is not Amazon's, such as http://minio:9000; left out: what "
         "AWS_ENDPOINT_URL says",
     )
+    fresh_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=3600,
+        description="seconds that a service goes by what it last read of a name; left out: 0 for a folder, else 1",
+    )
     max_adapter_bytes: int = Field(
         default=2 << 30, ge=1024, le=64 << 30, description="bytes of an adapter file; a larger one is refused"
     )

@@ -37,6 +37,8 @@ class Storage(ABC):
     """
 
     url: str
+    is_local = False
+    """Whether a read is a matter of microseconds."""
 
     @abstractmethod
     def read(self, path: str) -> bytes | None:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorafleet.core.generation import AdapterReference
+from lorafleet.core.registry_config import RegistryConfig
 from lorafleet.sdxl.config import BaseConfig
 
 CompileMode = Literal["none", "regional", "full"]
@@ -25,8 +27,11 @@ class BankConfig(BaseModel):
         "8, 16, 32, 64, 128 above your adapters' largest",
     )
     per_row: int = Field(default=4, ge=1, le=4, description="adapters that one image may combine")
-    rows: int = Field(
-        default=16, ge=1, le=256, description="rows of the largest UNet batch; guidance takes two an image"
+    rows: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="rows of the largest UNet batch; guidance takes two an image; left out: as many as batches have",
     )
     text_rows: int = Field(default=2, ge=1, le=256, description="prompts of the largest text encoder batch")
     host_bytes: int = Field(
@@ -110,14 +115,21 @@ class EngineSettings(BaseModel):
         description="encode prompts and decode images in a thread beside the steps; left out: on a GPU only",
     )
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest UNet batch."""
+        return max(2 * self.max_batch, 2 * self.exact_jobs, *(self.row_buckets or ()), 0)
+
     @model_validator(mode="after")
     def _check_bank(self) -> Self:
-        rows = max(2 * self.max_batch, 2 * self.exact_jobs, *(self.row_buckets or ()), 0)
-        if self.bank is not None and self.bank.rows < rows:
+        rows = self.most_rows
+        if self.bank is not None and self.bank.rows is not None and self.bank.rows < rows:
             raise ValueError(
                 f"bank.rows={self.bank.rows}, but a batch may have {rows} rows (max_batch, exact_jobs, row_buckets): "
-                f"set bank.rows={rows}"
+                f"set bank.rows={rows} or leave it out"
             )
+        if self.bank is not None and self.bank.rows is None:
+            object.__setattr__(self, "bank", self.bank.model_copy(update={"rows": rows}))
         return self
 
 
@@ -159,13 +171,79 @@ class JobSettings(BaseModel):
     )
 
 
-class ServeSettings(BaseModel):
-    """What is served, where, and how much of the machine it takes."""
+class Preload(BaseModel):
+    """An adapter that replicas load before anybody asks for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: AdapterReference = Field(description="NAME, NAME@ALIAS or NAME@VERSION; what it means is looked up again")
+    pin: bool = Field(default=False, description="keep it in a slot, whatever else is asked for")
+
+
+class LiveSettings(BaseModel):
+    """What can be changed while the service runs: Ray Serve's `user_config`, of gateway and replicas alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preload: tuple[Preload, ...] = Field(default=(), description="adapters that are loaded before they are asked for")
+    max_queued: int = Field(
+        default=32, ge=0, le=10_000, description="requests that may wait for a replica; more get a 429"
+    )
+    request_timeout_s: float = Field(
+        default=300.0, gt=0, le=3600, description="seconds a request may take, waiting included; then it gets a 504"
+    )
+
+
+class RoutingSettings(BaseModel):
+    """Which replica a request goes to: one that has its adapters, unless others are much less busy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slot_s: float = Field(
+        default=4.0,
+        ge=0,
+        le=3600,
+        description="seconds of work that a replica with the adapter in a slot may have more in front of it than "
+        "another one; a hot adapter spreads to more replicas beyond; 0 with host_s=0: the least busy is always taken",
+    )
+    host_s: float = Field(default=2.0, ge=0, le=3600, description="the same for an adapter in its CPU memory")
+    stats_every_s: float = Field(
+        default=1.0, gt=0, le=60, description="seconds between the replicas' reports of what they hold"
+    )
+
+
+class ScalingSettings(BaseModel):
+    """How many replicas there are, by the seconds of work in front of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: int = Field(default=1, ge=0, le=64, description="0: none while nobody asks")
+    max_replicas: int = Field(ge=1, le=64, description="never more")
+    backlog_s: float = Field(
+        default=10.0, gt=0, le=3600, description="seconds of work per replica that are held to be right"
+    )
+    upscale_delay_s: float = Field(default=10.0, ge=0, le=3600, description="seconds of too much work before one comes")
+    downscale_delay_s: float = Field(
+        default=300.0, ge=0, le=86_400, description="seconds of too little work before one goes"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        return self
+
+
+class ServeSettings(LiveSettings):
+    """What is served, where, and how much of the machine it takes."""
+
     base: BaseConfig = Field(default_factory=BaseConfig, description="the base model")
-    engine: EngineSettings = Field(default_factory=EngineSettings, description="batching")
+    registry: RegistryConfig = Field(default_factory=RegistryConfig, description="where the adapters are")
+    engine: EngineSettings = Field(
+        default_factory=EngineSettings,
+        description="batching; with slots for adapters, unless bank is null or base.low_memory is on",
+    )
+    routing: RoutingSettings = Field(default_factory=RoutingSettings, description="which replica works on what")
     host: str = Field(
         default="127.0.0.1",
         pattern=r"^[0-9A-Za-z.:-]+$",
@@ -188,11 +266,15 @@ class ServeSettings(BaseModel):
         le=256,
         description="CPU threads that one replica computes with; left out: all cores divided by the replicas",
     )
-    max_queued: int = Field(
-        default=32, ge=0, le=10_000, description="requests that may wait for a replica; more get a 429"
+    scaling: ScalingSettings | None = Field(
+        default=None, description="more and fewer replicas as the work asks for it; left out: always `replicas`"
     )
-    request_timeout_s: float = Field(
-        default=300.0, gt=0, le=3600, description="seconds a request may take, waiting included; then it gets a 504"
+    drain_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        description="seconds that a replica which is to go has for the images it works on; then jobs begin anew on "
+        "another one, and other requests get a 503",
     )
     max_body_bytes: int = Field(
         default=16 << 20,
@@ -216,6 +298,22 @@ class ServeSettings(BaseModel):
         description='a running Ray cluster, such as ray-head:6379, or "auto" for the one in RAY_ADDRESS; '
         "left out: a Ray of its own on this machine",
     )
+
+    @property
+    def live(self) -> LiveSettings:
+        return LiveSettings.model_validate({name: getattr(self, name) for name in LiveSettings.model_fields})
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.scaling is None else self.scaling.max_replicas
+
+    @model_validator(mode="after")
+    def _serve_adapters(self) -> Self:
+        if "bank" not in self.engine.model_fields_set and not self.base.low_memory:
+            # Whoever serves has adapters; the engine as a library has none unless asked.
+            given = {name: getattr(self.engine, name) for name in self.engine.model_fields_set}
+            object.__setattr__(self, "engine", EngineSettings(**given, bank=BankConfig()))
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -12,6 +12,15 @@ class Queued:
 
 
 @dataclass(frozen=True)
+class Downloading:
+    """An adapter that the replica does not have yet is on its way from the registry."""
+
+    adapter: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class Started:
     """Image number `image` left the queue."""
 
@@ -52,9 +61,10 @@ class Done:
     warnings: list[str]
 
 
-Event = Queued | Started | Step | Image | Retrying | Done
+Event = Queued | Downloading | Started | Step | Image | Retrying | Done
 KINDS: Final[dict[str, type[Event]]] = {
     "queued": Queued,
+    "downloading": Downloading,
     "started": Started,
     "step": Step,
     "image": Image,

@@ -99,7 +99,7 @@ class Jobs:
     # ---- inside ----
 
     def _same(self, known: Job, work: Work) -> Job:
-        if self._service.fingerprint(Work.from_json(known.work)) != self._service.fingerprint(work):
+        if self._service.asked_fingerprint(Work.from_json(known.work)) != self._service.asked_fingerprint(work):
             raise IdempotencyConflict(
                 f"{KEY_HEADER} was used for another request: send that one again, or a new key", param=KEY_HEADER
             )

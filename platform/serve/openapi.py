@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
 from lorafleet.serve.schemas import EditsBody, ErrorReply, GenerateBody, ImagesBody, ImageToImageBody, TextToImageBody
 
-MAY_FAIL: Final = (400, 409, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
+MAY_FAIL: Final = (400, 404, 409, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
 BODIES: Final = (GenerateBody, ImagesBody, EditsBody, TextToImageBody, ImageToImageBody)
 _REF: Final = "#/components/schemas/{model}"
 # What each body calls the steps, of which lcm takes fewer.
@@ -28,7 +28,7 @@ _FILES: Final = {
 _ABOUT_INIT_IMAGE: Final = {"mask": "string", "strength": "number", "start": "object"}
 _WHEN: Final = {
     400: "the body is not JSON",
-    404: "no such model or job",
+    404: "no such model, adapter or job",
     409: "the recipe asks for another base model or picture, or the idempotency key was used for something else",
     413: "the body is too large",
     415: "the body is not announced as application/json",

@@ -7,19 +7,36 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from PIL import Image
 
+from lorafleet.core.errors import DeadlineExceeded, InvalidRequest
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.recipe import BaseRef, Recipe, embed, versions
+from lorafleet.core.registry import Registry
 from lorafleet.sdxl.base import Base
+from lorafleet.sdxl.lora import Adapter
+from lorafleet.sdxl.lora_read import read_adapter
 from lorafleet.serve import events
 from lorafleet.serve.config import EngineSettings
-from lorafleet.serve.engine import Engine, Event, Failed, Finished, Handle, ImageResult, Job, Started, Step
+from lorafleet.serve.downloads import Download, Downloads
+from lorafleet.serve.engine import (
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Handle,
+    ImageResult,
+    Job,
+    JobAdapter,
+    Started,
+    Step,
+)
 from lorafleet.serve.result import GenerationResult, ModelInfo
-from lorafleet.serve.work import Work
+from lorafleet.serve.work import Work, WorkAdapter
 
+PROGRESS_S: Final = 0.25  # between two events of a download
 OnStep = Callable[[int, int], None]
 """Called after each evaluation of the UNet with (done, total), over all images of the request."""
 
@@ -28,9 +45,12 @@ class Pipeline:
     """Runs requests on an engine, for several threads at once: in its thread between `start` and `close`, else in
     the caller's. The images of all requests, and those of one, share its batches."""
 
-    def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
+    def __init__(self, base: Base, settings: EngineSettings | None = None, registry: Registry | None = None) -> None:
+        """`registry`: where requests' adapters are."""
         self.base = base
         self.engine = Engine(base, settings)
+        self._registry = registry
+        self._downloads = None if registry is None else Downloads(registry)
         self.model = ModelInfo(
             ref=BaseRef(id=base.id, revision=base.config.revision, fingerprint=base.fingerprint),
             limits=base.limits,
@@ -48,6 +68,8 @@ class Pipeline:
     def close(self) -> None:
         """Stops the engine after the step that is running; requests that are not done fail with NotReady."""
         self.engine.close()
+        if self._downloads is not None:
+            self._downloads.close()
 
     def generate(
         self, asked: GenerationRequest | Work, *, on_step: OnStep | None = None, deadline: float | None = None
@@ -55,9 +77,11 @@ class Pipeline:
         """All images of a request. `deadline` is on `time.monotonic()`'s clock and checked at every step.
 
         Raises InvalidRequest (a size or step count this base cannot do), DeadlineExceeded, GenerationFailed,
-        NotReady (the engine was closed).
+        NotReady (the engine was closed), and what hinders an adapter.
         """
-        work = _work(asked)
+        work = self._work(asked)
+        for download in self._missing(work):
+            download.file.result()
         progress = None if on_step is None else _Progress(on_step, images=work.request.num_images)
         handles = self._submit(work, deadline, lambda _: progress)
         try:
@@ -71,7 +95,9 @@ class Pipeline:
         self, asked: GenerationRequest | Work, *, deadline: float | None = None
     ) -> GenerationResult:
         """As `generate`, leaving the event loop free. Cancelling it calls the images off within one step."""
-        work = _work(asked)
+        work = self._work(asked)
+        async for _ in self._fetch(work, deadline):
+            pass
         handles = self._submit(work, deadline, lambda _: None)
         try:
             images = await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
@@ -92,6 +118,8 @@ class Pipeline:
 
             return on_event
 
+        async for downloading in self._fetch(work, deadline):
+            yield downloading
         handles = self._submit(work, deadline, listen)
         results: list[ImageResult] = []
         previews = [0] * len(handles)
@@ -119,12 +147,54 @@ class Pipeline:
         finally:
             _cancel(handles)
 
+    def _work(self, asked: GenerationRequest | Work) -> Work:
+        """The request with the versions of its adapters. Raises AdapterNotFound, StorageUnavailable."""
+        if isinstance(asked, Work):
+            return asked
+        adapters = []
+        for use in asked.adapters:
+            if self._registry is None:
+                raise InvalidRequest("adapters need a registry to come from", param="adapters")
+            chosen = self._registry.resolve(use.name)
+            adapters.append(WorkAdapter(chosen.manifest, use.weight, chosen.alias, is_split=chosen.share < 1))
+        return Work(asked, adapters=tuple(adapters))
+
+    def _missing(self, work: Work) -> list[Download]:
+        """What has to be there before the engine gets the work: who waits for a file must not hold a slot."""
+        bank = self.engine.bank
+        if self._downloads is None or bank is None:
+            return []
+        return [self._downloads.start(each.manifest) for each in work.adapters if not bank.holds(each.key)]
+
+    async def _fetch(self, work: Work, deadline: float | None) -> AsyncGenerator[events.Downloading]:
+        """Waits until the work's adapters are here, telling how far they are. What is being downloaded goes on if the
+        caller leaves: others may want it, and the next one surely does."""
+        for download in self._missing(work):
+            file = asyncio.wrap_future(download.file)
+            while not (await asyncio.wait([file], timeout=PROGRESS_S))[0]:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeadlineExceeded("the request's time was up before its adapters were downloaded")
+                manifest = download.manifest
+                yield events.Downloading(manifest.name, download.done_bytes, manifest.size_bytes)
+            file.result()
+
+    def _job_adapter(self, adapter: WorkAdapter) -> JobAdapter:
+        def load() -> Adapter:
+            assert self._registry is not None
+            assert self.engine.bank is not None
+            return read_adapter(self._registry.pull(adapter.manifest), self.engine.bank.targets)
+
+        return JobAdapter(adapter.key, adapter.weight, load)
+
     def _submit(
         self, work: Work, deadline: float | None, listener: Callable[[int], Callable[[Event], None] | None]
     ) -> list[Handle]:
         request, start = work.request, work.start
         first_seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        more: dict[str, Any] = {"preview_every": _preview_every(work)}
+        more: dict[str, Any] = {
+            "preview_every": _preview_every(work),
+            "adapters": tuple(self._job_adapter(adapter) for adapter in work.adapters),
+        }
         if start is not None:
             more |= {"init_image": _picture(start.image), "mask": _picture(start.mask), "strength": start.strength}
         return [
@@ -162,6 +232,7 @@ class Pipeline:
             base=self.model.ref,
             versions=self._versions,
             start=None if work.start is None else work.start.recipe,
+            adapters=[adapter.use for adapter in work.adapters],
         )
         return embed(result.image, recipe)
 
@@ -180,10 +251,6 @@ class _Progress:
             with self._lock:
                 self._done += 1
                 self._on_step(self._done, self._images * event.total)
-
-
-def _work(asked: GenerationRequest | Work) -> Work:
-    return asked if isinstance(asked, Work) else Work(asked)
 
 
 def _preview_every(work: Work) -> int:

@@ -53,7 +53,9 @@ class GenerateBody(GenerationRequest):
     )
 
     def request(self) -> GenerationRequest:
-        return GenerationRequest.model_construct(**self.model_dump(include=set(GenerationRequest.model_fields)))
+        return GenerationRequest.model_construct(
+            **{name: getattr(self, name) for name in GenerationRequest.model_fields}
+        )
 
     def upload(self) -> Upload | None:
         """Raises InvalidRequest for what is not base64, or not there."""

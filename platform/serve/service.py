@@ -1,24 +1,36 @@
 """What every route does with a request: checks, admission, deadlines, and the work itself on a backend."""
 
 import asyncio
+import re
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Protocol
 
-from lorafleet.core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, NotReady, RecipeMismatch
-from lorafleet.core.generation import MAX_SEED, GenerationRequest
+from lorafleet.core.errors import (
+    AdapterIncompatible,
+    AdapterNotFound,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    NotReady,
+    RecipeMismatch,
+)
+from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
+from lorafleet.core.manifest import REFERENCE_PATTERN
+from lorafleet.core.ranges import short
 from lorafleet.core.recipe import BaseRef, RecipeStart
 from lorafleet.serve.admission import Admission
 from lorafleet.serve.cache import make_cache
-from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.config import LiveSettings, ServeSettings
 from lorafleet.serve.events import Done, Event, Image, Queued, Retrying
+from lorafleet.serve.fleet import open_fleet
 from lorafleet.serve.idempotency import RememberedRuns
 from lorafleet.serve.pictures import Upload, prepare
 from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.runs import Run
 from lorafleet.serve.terms import Terms
-from lorafleet.serve.work import Start, Work
+from lorafleet.serve.work import Start, Work, WorkAdapter
 
 ANY_TERMS: Final = Terms()
 ErrorBody = Callable[[Exception], dict[str, Any]]
@@ -52,7 +64,14 @@ class Service:
         self._cache = make_cache(settings.cache)
         self._remembered = RememberedRuns()
         self._decoding = asyncio.Semaphore(DECODINGS)
-        self._admission = Admission(servers=settings.replicas, max_queued=settings.max_queued)
+        self._admission = Admission(servers=settings.most_replicas, max_queued=settings.max_queued)
+        self.fleet = open_fleet(settings.registry)
+        self._request_timeout_s = settings.request_timeout_s
+
+    def reconfigure(self, live: LiveSettings) -> None:
+        """New limits for the requests that come from now on."""
+        self._admission.max_queued = live.max_queued
+        self._request_timeout_s = live.request_timeout_s
 
     async def model(self) -> ModelInfo:
         """Asks the backend, so that the answer also says whether one is there. Raises NotReady."""
@@ -74,8 +93,9 @@ class Service:
         `base` and `start` are what a recipe asks for: it would not make the same image from anything else.
         """
         model = self.known_model or await self.model()
+        names = [f"adapters.{place}.name" for place in range(len(request.adapters))]
         if model_id is not None and model_id != model.ref.id:
-            raise ModelNotFound(f"no model {model_id!r}: known are {model.ref.id}", param="model")
+            request, names = self._with_model(request, model_id, model), ["model", *names]
         if base is not None and base.fingerprint != model.ref.fingerprint:
             raise RecipeMismatch(
                 f"base.fingerprint asks for {base.id} {base.fingerprint[:12]}, but {model.ref.id} "
@@ -92,30 +112,32 @@ class Service:
         width, height = model.limits.size_of(request)
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         settled = request.model_copy(update={"width": width, "height": height, "seed": seed})
-        return model, Work(settled, prepared, previews=previews, is_seeded=request.seed is not None)
+        adapters = await self._adapters(request.adapters, names, model)
+        is_seeded = request.seed is not None
+        return model, Work(settled, prepared, previews=previews, is_seeded=is_seeded, adapters=adapters)
 
     async def start(self, work: Work, terms: Terms = ANY_TERMS, *, is_detailed: bool) -> Run:
         """Begins the work, or joins it; without details there are no events before the images.
 
         Raises Overloaded or IdempotencyConflict. The caller holds the run and lets it go.
         """
-        fingerprint = self.fingerprint(work)
-        if terms.key is not None and (run := self._remembered.find(terms.key, fingerprint)):
+        fingerprint, asked = self.fingerprint(work), self.asked_fingerprint(work)
+        if terms.key is not None and (run := self._remembered.find(terms.key, asked)):
             return run
         is_cachable = work.is_seeded and self.settings.cache.max_bytes > 0
         cached = await self._cache.get(fingerprint) if is_cachable and terms.uses_cache else None
-        if terms.key is not None and (run := self._remembered.find(terms.key, fingerprint)):  # begun meanwhile
+        if terms.key is not None and (run := self._remembered.find(terms.key, asked)):  # begun meanwhile
             return run
         if cached is not None:
             run = Run(_told(cached), is_cached=True)
         else:
-            timeout_s = self.settings.request_timeout_s
+            timeout_s = self._request_timeout_s
             place = self._admission.admit(work.cost(), timeout_s)
             run = Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: place.leave(is_done=run.is_good))
             if is_cachable:
                 run.when_good(lambda result: self._cache.put(fingerprint, result))
         if terms.key is not None:
-            self._remembered.remember(terms.key, fingerprint, run)
+            self._remembered.remember(terms.key, asked, run)
         return run
 
     def start_job(self, work: Work, tries: int) -> Run:
@@ -141,8 +163,59 @@ class Service:
     def fingerprint(self, work: Work) -> str:
         return work.fingerprint(self.known_model.ref.fingerprint if self.known_model else "")
 
+    def asked_fingerprint(self, work: Work) -> str:
+        return work.asked_fingerprint(self.known_model.ref.fingerprint if self.known_model else "")
+
     async def close(self) -> None:
+        self.fleet.close()
         await self._cache.close()
+
+    def _with_model(self, request: GenerationRequest, model_id: str, model: ModelInfo) -> GenerationRequest:
+        """The request with the adapter that it names as its model. Raises ModelNotFound, InvalidRequest."""
+        if not re.fullmatch(REFERENCE_PATTERN, model_id):
+            raise ModelNotFound(
+                f"no model {short(model_id)}: known are {model.ref.id} and the adapters that GET /v1/models lists",
+                param="model",
+            )
+        if len(request.adapters) == MAX_ADAPTERS:
+            raise InvalidRequest(
+                f"adapters may be {MAX_ADAPTERS - 1} where model names one more, got {MAX_ADAPTERS}", param="adapters"
+            )
+        return request.model_copy(update={"adapters": [AdapterUse(name=model_id), *request.adapters]})
+
+    async def _adapters(
+        self, asked: Sequence[AdapterUse], names: Sequence[str], model: ModelInfo
+    ) -> tuple[WorkAdapter, ...]:
+        """The versions that are meant, those of weight 0 left out. Raises what is wrong with one; `names` are what the
+        request calls them."""
+        wanted = [(name, use) for name, use in zip(names, asked, strict=True) if use.weight]
+        if wanted and self.settings.engine.bank is None:
+            raise InvalidRequest("adapters are not served here: set engine.bank, or leave them out", param="adapters")
+        return tuple(await asyncio.gather(*(self._adapter(use, name, model) for name, use in wanted)))
+
+    async def _adapter(self, use: AdapterUse, param: str, model: ModelInfo) -> WorkAdapter:
+        try:
+            chosen = await self.fleet.resolve(use.name)
+        except (AdapterNotFound, InvalidRequest) as error:
+            if param == "model":
+                raise ModelNotFound(
+                    f"no model {use.name}: known are {model.ref.id} and the adapters; {error.message}", param=param
+                ) from error
+            raise type(error)(error.message, param=param) from error
+        manifest, bank = chosen.manifest, self.settings.engine.bank
+        if manifest.base_fingerprint not in (None, model.ref.fingerprint):
+            raise AdapterIncompatible(
+                f"{use.name} was trained on another base ({manifest.base_fingerprint[:12]}) than {model.ref.id} "
+                f"({model.ref.fingerprint[:12]}), which is loaded: use an adapter of this one",
+                param=param,
+            )
+        if bank is not None and manifest.rank > bank.max_rank:
+            raise AdapterIncompatible(
+                f"{use.name} has rank {manifest.rank}, here at most {bank.max_rank} are served: raise "
+                "engine.bank.max_rank",
+                param=param,
+            )
+        return WorkAdapter(manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
 
     async def _tried(self, work: Work, timeout_s: float, tries: int) -> AsyncGenerator[Event]:
         images: set[int] = set()

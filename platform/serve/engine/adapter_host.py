@@ -16,6 +16,10 @@ class HostCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def keys(self) -> list[str]:
+        """The most recently used last."""
+        return list(self._entries)
+
     def get(self, key: str) -> Packed | None:
         if key in self._entries:
             self._entries.move_to_end(key)

@@ -45,6 +45,7 @@ Rows = Sequence[Sequence[tuple[int, float]]]
 """For each row of a batch its (slot, weight) pairs."""
 LOADERS: Final = 4  # threads; they wait for files most of the time
 JOB_ROWS: Final = 2  # of one image with guidance
+ROWS: Final = 16  # of the largest batch, where the config leaves it out
 TILE: Final = 128  # of `fp8_kernels`: no tile may have features of two parts
 _CROSS: Final = re.compile(r"unet\..+\.attn2\.to_[kv]")
 
@@ -164,7 +165,7 @@ class AdapterBank:
         with torch.inference_mode(False):  # else these could only be written to in inference mode
             shape = config.slots + 1, config.max_rank, self._layout.width
             self._storage = torch.zeros(shape, dtype=base.dtype, device=device)
-            self._rows = RowInputs(config.rows, config.per_row, device)
+            self._rows = RowInputs(config.rows or ROWS, config.per_row, device)
             self._text_rows = RowInputs(config.text_rows, config.per_row, device)
             self._cross_rows = RowInputs(JOB_ROWS, config.per_row, device) if cross_apart else None
         self._lock = threading.Condition()
@@ -243,6 +244,19 @@ class AdapterBank:
         with self._lock:
             others = [slot for slot in self._slots[1:] if slot.key in self._pinned and slot.key not in keys]
             return len(set(keys)) <= self.config.slots - len(others)
+
+    def holds(self, key: str) -> bool:
+        """Whether the adapter is in a slot, on its way there, or in CPU memory: its loader is not needed then."""
+        with self._lock:
+            return self._find(key) is not None or self._host.get(key) is not None
+
+    def residents(self) -> tuple[list[str], list[str]]:
+        """The keys in slots or on their way there, and those in CPU memory, the most recently used last."""
+        with self._lock:
+            held = sorted(
+                (slot for slot in self._slots[1:] if slot.key), key=lambda slot: (slot.refs > 0, slot.used_at)
+            )
+            return [slot.key for slot in held if slot.key], self._host.keys()
 
     def pin(self, key: str) -> None:
         """Keeps the adapter in its slot, now or as soon as it gets one, until `unpin`."""

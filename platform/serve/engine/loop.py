@@ -33,6 +33,7 @@ from lorafleet.serve.engine.unet_runner import UNetRunner
 logger = logging.getLogger(__name__)
 
 AHEAD: Final = 2  # full batches that are prepared at a time, twice as many if more urgent jobs keep coming
+NOTABLE_S: Final = 0.5  # parts of the start that take longer are logged
 IDLE_S: Final = 0.5  # how often an idle engine shows that it lives
 
 
@@ -118,16 +119,20 @@ class Engine:
         for width, height in sizes:
             self.base.check_size(width, height)
         if self.settings.fp8 and self._fp8 is None:
-            self._fp8 = fp8.Fp8Weights(self.base, fp8.calibrate(self.base, sizes[0]))
-            if self._self_attention is not None:
-                self._self_attention.share_weights()
+            with _timed("quantising the weights"):
+                self._fp8 = fp8.Fp8Weights(self.base, fp8.calibrate(self.base, sizes[0]))
+                if self._self_attention is not None:
+                    self._self_attention.share_weights()
         factor = self.base.pipeline.vae_scale_factor
         latents = [(height // factor, width // factor) for width, height in sizes]
         with _quickest_convolutions(self.base, is_exact=self._is_exact):
-            self._unet.warm_up([(rows, *size) for rows in self._row_buckets() for size in latents])
-            self._ends.warm_up(latents)
+            with _timed("warming up the UNet"):
+                self._unet.warm_up([(rows, *size) for rows in self._row_buckets() for size in latents])
+            with _timed("warming up the text encoders and the VAE"):
+                self._ends.warm_up(latents)
             if self._unet.cuda_graphs and self._cross_attention is not None:
-                self._cross_attention.warm_up()
+                with _timed("warming up the text's keys and values"):
+                    self._cross_attention.warm_up()
 
     def start(self) -> Self:
         """Warms up, then starts the thread. Raises InvalidRequest for a size to warm up that this base cannot do."""
@@ -403,6 +408,15 @@ class Engine:
             return ()
         most = 2 * self.settings.max_batch
         return *(2**i for i in range(1, most.bit_length()) if 2**i < most), most
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Logs what takes a start its seconds."""
+    start = time.perf_counter()
+    yield
+    if (seconds := time.perf_counter() - start) > NOTABLE_S:
+        logger.info("%s took %.1f s", what, seconds)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How the UNet is run: as it is, compiled, or replayed as CUDA graphs that were recorded for known shapes."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -105,11 +106,15 @@ class UNetRunner:
         with torch.inference_mode(), compiling(len(shapes)):
             # the smallest first: what is right for few rows is right for many, but not the other way round
             for shape in sorted(shapes) if self._mode != "none" else ():
+                start = time.perf_counter()
                 self._call(self._blank(shape))
                 self._compiled_shapes.add(shape)
+                logger.debug("compiling for %d rows of %d x %d took %.1f s", *shape, time.perf_counter() - start)
             # the largest first: the others share its memory
             for shape in sorted(shapes, reverse=True) if self.cuda_graphs else ():
+                start = time.perf_counter()
                 self._record(shape)
+                logger.debug("recording %d rows of %d x %d took %.1f s", *shape, time.perf_counter() - start)
 
     def _record(self, shape: tuple[int, int, int]) -> None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()

@@ -25,7 +25,7 @@ def add(app: FastAPI, service: Service) -> None:
         "/models/{name:path}",
         tags=["huggingface"],
         response_class=Response,
-        responses={200: {"content": {PNG: {}}}, **errors(404, *MAY_FAIL)},
+        responses={200: {"content": {PNG: {}}}, **errors(*MAY_FAIL)},
         openapi_extra=json_body(TextToImageBody, ImageToImageBody),
     )
     async def models(http: Request, name: str) -> Response:

@@ -36,7 +36,7 @@ def add(app: FastAPI, service: Service) -> None:
         "/v1/images/generations",
         tags=["openai"],
         response_model=ImagesReply,
-        responses={**EVENTS, **errors(404, *MAY_FAIL)},
+        responses={**EVENTS, **errors(*MAY_FAIL)},
         openapi_extra=json_body(ImagesBody),
     )
     async def images_generations(http: Request) -> Response:
@@ -48,7 +48,7 @@ def add(app: FastAPI, service: Service) -> None:
         "/v1/images/edits",
         tags=["openai"],
         response_model=ImagesReply,
-        responses={**EVENTS, **errors(404, *MAY_FAIL)},
+        responses={**EVENTS, **errors(*MAY_FAIL)},
         openapi_extra=form_body(EditsBody),
     )
     async def images_edits(http: Request) -> Response:

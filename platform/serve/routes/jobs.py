@@ -27,7 +27,7 @@ def add(app: FastAPI, service: Service, jobs: Jobs) -> None:
         tags=["jobs"],
         status_code=202,
         response_model=JobReply,
-        responses=errors(400, 409, 413, 415, 422, 429, 503),
+        responses=errors(400, 404, 409, 413, 415, 422, 429, 503),
         openapi_extra=json_body(GenerateBody),
     )
     async def create(http: Request) -> Response:

@@ -15,7 +15,7 @@ from lorafleet.sdxl.lora_oracle import generate_with_adapters
 from lorafleet.sdxl.lora_random import random_adapter
 from lorafleet.sdxl.lora_targets import targets_of
 from lorafleet.serve.config import EngineSettings
-from lorafleet.serve.engine import Cancelled, Engine, Handle, Job, JobAdapter
+from lorafleet.serve.engine import Cancelled, Engine, Handle, Job, JobAdapter, fp8
 
 PROMPTS = ("a red apple on a blue background", "yellow star", "a rocket next to a pizza on a white background")
 SCHEDULERS = ("euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun", "ddim")
@@ -36,7 +36,7 @@ def adapters(cpu: Base) -> list[Adapter]:
     ]
 
 
-@pytest.fixture(params=["none", "regional", "full"])
+@pytest.fixture(scope="module", params=["none", "regional", "full"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     base = load_base(BaseConfig(device="cuda", dtype="float32"))
     settings = EngineSettings.model_validate(
@@ -68,13 +68,41 @@ def pixels(image: object) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+def oracle(base: Base, job: Job, chosen: list[tuple[Adapter, float]]) -> np.ndarray:
+    alone = job.request.model_copy(update={"seed": job.seed, "num_images": 1})
+    (image,) = generate_with_adapters(base, alone, chosen)
+    return pixels(image)
+
+
 def test_images_of_a_mix_are_those_made_alone_on_a_cpu(engine: Engine, cpu: Base, adapters: list[Adapter]) -> None:
     jobs = mix(adapters, 12)
     handles = [engine.submit(job) for job, _ in jobs]
-    for handle, (job, chosen) in zip(handles, jobs, strict=True):
-        alone = job.request.model_copy(update={"seed": job.seed, "num_images": 1})
-        (expected,) = generate_with_adapters(cpu, alone, chosen)
-        assert abs(pixels(handle.result(60).image) - pixels(expected)).max() < 2, job
+    differences = [
+        abs(pixels(handle.result(60).image) - oracle(cpu, *pair)).max()
+        for handle, pair in zip(handles, jobs, strict=True)
+    ]
+    assert max(differences) < 2, differences
+
+
+@pytest.mark.parametrize("compile_mode", ["none", "regional"])
+def test_eight_bit_images_are_near_those_made_alone(compile_mode: str, adapters: list[Adapter]) -> None:
+    """On the same GPU in the same type: noise drawn in bfloat16 is other noise."""
+    base = load_base(BaseConfig(device="cuda", dtype="bfloat16"))
+    if not fp8.is_possible(base.device):
+        pytest.skip("this GPU has no products of 8-bit floats")
+    jobs = mix(adapters, 12)
+    alone = [oracle(base, *pair) for pair in jobs]
+    settings = {"compile": compile_mode, "max_batch": 4, "bank": {"slots": 4, "max_rank": 16}, "row_buckets": (2, 8)}
+    differences = []
+    for is_quantised in (False, True):
+        with Engine(base, EngineSettings.model_validate({**settings, "fp8": is_quantised})) as engine:
+            handles = [engine.submit(job) for job, _ in jobs]
+            images = [pixels(handle.result(120).image) for handle in handles]
+        differences.append([abs(image - expected).mean() for image, expected in zip(images, alone, strict=True)])
+        print([f"{value:.2f}" for value in differences[-1]], f"{np.mean(differences[-1]):.2f}")
+    plain, quantised = differences
+    assert np.mean(plain) < 3
+    assert np.mean(quantised) < 8
 
 
 def test_swapping_neither_compiles_nor_grows(engine: Engine, adapters: list[Adapter]) -> None:

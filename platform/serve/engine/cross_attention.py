@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from lorafleet.sdxl.base import Base
-from lorafleet.serve.engine.attention import attend, is_plain
+from lorafleet.serve.engine.attention import attend, attend_to_text, has_text_kernel, is_plain
 from lorafleet.serve.engine.bank import JOB_ROWS, AdapterBank
 from lorafleet.serve.engine.recording import Recording
 from lorafleet.serve.engine.slots import without_adapters
@@ -64,7 +64,8 @@ class CrossAttention:
             )
         ]
         for attention, keys, values in zip(self._attentions, parts[::2], parts[1::2], strict=True):
-            attention.set_processor(_Stored(keys, values, attention.processor))
+            attend_so = attend_to_text if has_text_kernel(attention, keys) else attend
+            attention.set_processor(_Stored(keys, values, attention.processor, attend_so))
         self._recordings: dict[tuple[int, bool], Recording] = {}  # by rows and whether these have adapters
         self._stored: list[tuple[int, int] | None] = [None] * rows  # serial and row of what each row holds
 
@@ -85,9 +86,11 @@ class CrossAttention:
         blank = self._storage.new_zeros(JOB_ROWS, len(self._attentions[0].processor.keys[0]), features)
         with torch.inference_mode():
             for rows in range(1, JOB_ROWS + 1):
-                self._recordings[rows, True] = Recording(self._project, [blank[:rows].clone()], pool)
+                self._recordings[rows, True] = Recording(self._project, [blank[:rows].clone()], pool, goes_first=True)
                 with without_adapters():
-                    self._recordings[rows, False] = Recording(self._project, [blank[:rows].clone()], pool)
+                    self._recordings[rows, False] = Recording(
+                        self._project, [blank[:rows].clone()], pool, goes_first=True
+                    )
 
     def set_rows(self, jobs: Sequence[KeyValues]) -> None:
         """What the first rows of the next UNet batch attend to, job after job; those behind keep what they had.
@@ -117,10 +120,17 @@ class CrossAttention:
 class _Stored(nn.Module):
     """Attends to stored keys and values, as AttnProcessor2_0 does to those that it computes."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, original: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        original: Callable[..., torch.Tensor],
+        attend_so: Callable[..., torch.Tensor] = attend,
+    ) -> None:
         """`keys` and `values`: [most rows, L, d], of which views are kept."""
         super().__init__()
         self._original = original
+        self._attend = attend_so
         # buffers, because compilers and CUDA graphs take those for addresses that stay
         self.register_buffer("keys", keys, persistent=False)
         self.register_buffer("values", values, persistent=False)
@@ -138,7 +148,7 @@ class _Stored(nn.Module):
         if encoder_hidden_states is None or encoder_hidden_states.shape[-1] > 0:
             return self._original(attention, hidden_states, encoder_hidden_states, attention_mask)
         rows = hidden_states.shape[0]
-        return attend(attention, attention.to_q(hidden_states), self.keys[:rows], self.values[:rows])
+        return self._attend(attention, attention.to_q(hidden_states), self.keys[:rows], self.values[:rows])
 
 
 def _cross_attentions(base: Base) -> list[Attention]:

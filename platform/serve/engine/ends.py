@@ -15,6 +15,7 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.text import run_encoder
 from lorafleet.sdxl.vae import decode_on_device, to_host
 from lorafleet.serve.config import CompileMode
+from lorafleet.serve.engine import resnets
 from lorafleet.serve.engine.recording import Recording
 from lorafleet.serve.engine.regions import compile_regions, compiling, restore
 
@@ -36,7 +37,8 @@ class Ends:
             return
         base, pipeline = self._base, self._base.pipeline
         if self._compiles:
-            pipeline.vae.to(memory_format=torch.channels_last)
+            resnets.put_channels_last(pipeline.vae)
+            resnets.quicken(pipeline.vae.decoder)
             compile_regions(pipeline.vae.decoder)
         with torch.inference_mode(), compiling(len(sizes)):
             for height, width in sizes:
@@ -44,12 +46,14 @@ class Ends:
                 latents = torch.randn(shape, device=base.device).to(base.dtype)
                 decode_on_device(base, latents)
                 if self._cuda_graphs:
-                    self._decoders[height, width] = Recording(lambda z: decode_on_device(base, z), [latents])
+                    self._decoders[height, width] = Recording(
+                        lambda z: decode_on_device(base, z), [latents], goes_first=True
+                    )
             encoders = (pipeline.text_encoder, pipeline.text_encoder_2) if self._cuda_graphs else ()
             for encoder in encoders:
                 token_ids = torch.ones(1, pipeline.tokenizer.model_max_length, dtype=torch.int64, device=base.device)
                 self._encoders[id(encoder)] = Recording(
-                    lambda ids, encoder=encoder: run_encoder(encoder, ids), [token_ids]
+                    lambda ids, encoder=encoder: run_encoder(encoder, ids), [token_ids], goes_first=True
                 )
 
     def encode(self, encoder: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,5 +76,6 @@ class Ends:
         """Drops what was recorded and compiled."""
         self._encoders.clear()
         self._decoders.clear()
+        resnets.restore(self._base.pipeline.vae.decoder)
         if self._compiles:
             restore(self._base.pipeline.vae.decoder)

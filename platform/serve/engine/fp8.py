@@ -150,6 +150,7 @@ class Fp8Product(nn.Module):
         self._kernels = None if emulates else _gpu_kernels(weight.device)
         self.adds_adapters = self._kernels is not None
         self.dtype = weight.dtype
+        self.features = weight.shape[0]
         # buffers, because compilers and CUDA graphs take those for addresses that stay
         self.register_buffer("weight8", quantise(weight.float(), scale), persistent=False)
         self.register_buffer("weight_scale", scale, persistent=False)
@@ -201,10 +202,18 @@ class Fp8Product(nn.Module):
     ) -> torch.Tensor:
         """One half of the linear times the GELU of the other, quantised; x: [rows, tokens, in]."""
         assert self._kernels is not None
+        features = self.features // 2
         y: torch.Tensor = self._kernels.fp8_geglu(
-            self.quantised(x), self.x_scale, self.weight8, self.weight_scale, bias, y_scale, list(adapters)
+            self.quantised(x), self.x_scale, self.weight8, self.weight_scale, bias, y_scale, features, list(adapters)
         )
         return y
+
+    def arrange_for_gates(self) -> None:
+        """From here on `geglu` is all that it computes, if it can."""
+        if self._kernels is not None:
+            from lorafleet.serve.engine.fp8_kernels import arranged
+
+            self.weight8 = arranged(self.weight8)
 
 
 class Fp8GEGLU(nn.Module):
@@ -214,6 +223,7 @@ class Fp8GEGLU(nn.Module):
         """The product of `geglu`'s linear is an Fp8Product."""
         super().__init__()
         self.proj = geglu.proj
+        self.proj.product.arrange_for_gates()
         self._behind = [behind]  # in a list, so that it is no module of this one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

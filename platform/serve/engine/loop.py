@@ -407,7 +407,11 @@ class Engine:
         if not self._unet.has_shapes:
             return ()
         most = 2 * self.settings.max_batch
-        return *(2**i for i in range(1, most.bit_length()) if 2**i < most), most
+        if self._unet.shapes_are_costly:
+            return *(2**i for i in range(1, most.bit_length()) if 2**i < most), most
+        # Else eighths of the largest: images that leave and join are fewer than the most half of the time, and rows
+        # that only fill up a batch cost as much as others.
+        return tuple(sorted({rows for rows in (2, 4, *range(0, most, -(-most // 16) * 2)) if 0 < rows < most} | {most}))
 
 
 @contextmanager

@@ -13,12 +13,18 @@ class Recording:
     must stay where it is. Replayed by one thread at a time, on its current stream."""
 
     def __init__(
-        self, call: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor | None], pool: Any = None
+        self,
+        call: Callable[..., Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor | None],
+        pool: Any = None,
+        *,
+        goes_first: bool = False,
     ) -> None:
         """`call` takes `inputs`, which are kept. `pool`: of `torch.cuda.graph_pool_handle`, for recordings that are
-        replayed in turn, never at the same time."""
+        replayed in turn, never at the same time. `goes_first`: its kernels need not wait behind those of others; the
+        stream of a replay has no say in that."""
         self._inputs = inputs
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(priority=-1 if goes_first else 0)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_RUNS):

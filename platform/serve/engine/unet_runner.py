@@ -10,6 +10,7 @@ import torch
 
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import CompileMode
+from lorafleet.serve.engine import resnets
 from lorafleet.serve.engine.cross_attention import CrossAttention
 from lorafleet.serve.engine.recording import Recording
 from lorafleet.serve.engine.regions import compile_regions, compiling, restore
@@ -97,10 +98,16 @@ class UNetRunner:
         """Whether it runs some shapes better than others: those that were warmed up."""
         return self._mode != "none" or self.cuda_graphs
 
+    @property
+    def shapes_are_costly(self) -> bool:
+        """Whether each takes a minute to warm up, not two seconds."""
+        return self._mode == "full"
+
     def warm_up(self, shapes: Sequence[tuple[int, int, int]]) -> None:
         """Compiles and records for these (rows, h, w), h and w in latents."""
         if self._mode != "none" and self._base.device.type == "cuda":
-            self._unet.to(memory_format=torch.channels_last)  # what its convolutions are quickest with
+            resnets.put_channels_last(self._unet)
+            resnets.quicken(self._unet)
         if self._mode == "regional" and not self._compiled_shapes:
             compile_regions(self._unet)
         with torch.inference_mode(), compiling(len(shapes)):
@@ -140,6 +147,7 @@ class UNetRunner:
     def close(self) -> None:
         """Drops the graphs, and leaves the UNet as it was, its cross attentions too."""
         self._graphs.clear()
+        resnets.restore(self._unet)
         if self._mode == "regional":
             restore(self._unet)
         if self.cross_attention is not None:

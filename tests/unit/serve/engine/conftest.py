@@ -7,7 +7,6 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from lorafleet.core.generation import GenerationRequest
 from lorafleet.sdxl import reference
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.lora import PARTS
@@ -53,7 +52,7 @@ def make_engine(emojixl: Base, own: Base) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture(scope="session")
 def oracle(emojixl: Base) -> Callable[[Job], Pixels]:
     """diffusers' own image of a job, with PEFT's adapters, remembered."""
-    known: dict[tuple[GenerationRequest, tuple[tuple[str, float], ...]], Pixels] = {}
+    known: dict[tuple[str, tuple[tuple[str, float], ...]], Pixels] = {}
     bases: dict[tuple[tuple[str, float], ...], Base] = {(): emojixl}
 
     def image(job: Job) -> Pixels:
@@ -63,8 +62,9 @@ def oracle(emojixl: Base) -> Callable[[Job], Pixels]:
             if len(bases) > 60:  # 50 MB each
                 del bases[list(bases)[1]]
             bases[adapters] = with_adapters(emojixl, [(adapter.load(), adapter.weight) for adapter in job.adapters])
-        if (request, adapters) not in known:
-            known[request, adapters] = pixels_of(reference.generate(bases[adapters], request)[0])
-        return known[request, adapters]
+        words = request.model_dump_json()
+        if (words, adapters) not in known:
+            known[words, adapters] = pixels_of(reference.generate(bases[adapters], request)[0])
+        return known[words, adapters]
 
     return image

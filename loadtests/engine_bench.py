@@ -10,17 +10,18 @@ bytes with its recipe. The parts:
 
 baseline, compiled  diffusers' pipeline, eager and with compile_repeated_blocks: one image at a time, and a batch
 engine              time to start; images a second and latency of clients that ask again when they have their image
-bank                what a step costs without a bank, with one that nobody uses, and with an adapter in every row
 swap                a job with an adapter joins a running batch: the time until it has, and what the others lose
+bank                what a step costs without a bank, with one that nobody uses, and with an adapter in every row
 low_memory          one image with base.low_memory (GPU only)
 
-engine, bank and swap run for every variant, a set of engine settings, each time on a base of its own.
+engine, swap and bank run for every variant, a set of engine settings, on one engine; without a bank on another one. In
+the part engine, adapters have been used once before.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,14 +32,14 @@ from joins import measure_joins
 from measure import Clock, closed_loop, median_ms, peak_gb, percentile_95, reset_peak, run_all, step_gaps_s
 from PIL import Image
 from report import Report, Row, about, default_path
-from workload import BANK, KINDS, NO_BANK, Variant, Workload
+from workload import BANK, KINDS, MANY, NO_BANK, Variant, Workload
 
 from lorafleet.core.errors import ConfigError
 from lorafleet.sdxl.base import resolve_device
 from lorafleet.serve.engine import Engine, Job
 
-PARTS: Final = ("baseline", "compiled", "engine", "bank", "swap", "low_memory")
-ON_CPU: Final = ("baseline", "engine", "bank", "swap")
+PARTS: Final = ("baseline", "compiled", "engine", "swap", "bank", "low_memory")
+ON_CPU: Final = ("baseline", "engine", "swap", "bank")
 GAP_STEPS: Final = 48  # jobs join one after the other: with fewer, eight were never all there on a GPU
 WARM_STEPS: Final = 4
 
@@ -86,19 +87,35 @@ def run(options: argparse.Namespace, said: dict[str, Any]) -> Report:
     if "compiled" in parts:
         measure_baseline(load, compiled=True)
     for variant in variants:
-        if "engine" in parts:
-            _measure_engine(load, variant)
-        if "bank" in parts and _takes_batches(load, variant):
-            _measure_bank(load, variant)
-        if "swap" in parts and _takes_batches(load, variant):
-            _measure_swap(load, variant)
+        _measure_variant(load, variant, parts)
     if "low_memory" in parts:
         _measure_low_memory(load, Variant("low_memory", shared))
     return load.report
 
 
-def _measure_engine(load: Workload, variant: Variant) -> None:
-    report, what = load.report, f"{variant.name}: start"
+def _measure_variant(load: Workload, variant: Variant, parts: Collection[str]) -> None:
+    report, takes_batches = load.report, _takes_batches(load, variant)
+    parts = {part for part in parts if part == "engine" or (part in ("swap", "bank") and takes_batches)}
+    engine = _start(load, variant) if parts else None
+    if engine is None:
+        return
+    steps: list[Row] = []
+    try:
+        if "engine" in parts:
+            _measure_engine(load, engine, variant)
+        if "swap" in parts:
+            measure = partial(measure_joins, load, engine, variant)
+            report.attempt("swap", f"{variant.name}: a job joins", 12 * load.image_s, measure)
+        if "bank" in parts:
+            cases = {"a bank that nobody uses": "none", "every job another adapter": "each"}
+            _measure_steps(load, engine, variant, cases, steps)
+    finally:
+        engine.close()
+    if steps:
+        _compare_steps(load, variant, steps)
+
+
+def _start(load: Workload, variant: Variant) -> Engine | None:
     engine: Engine | None = None
 
     def start() -> Row:
@@ -113,32 +130,39 @@ def _measure_engine(load: Workload, variant: Variant) -> None:
         load.image_s = time.perf_counter() - ready
         return Row(
             "engine",
-            what,
+            f"{variant.name}: start",
             samples=1,
             median_ms=1e3 * (ready - made),
             peak_gb=peak_gb(load.device),
             note=f"after {made - began:.1f} s for the base; the first image {load.image_s:.2f} s",
         )
 
-    report.attempt("engine", what, load.image_s, start)
-    if engine is None:
-        return
-    try:
-        report.attempt("engine", f"{variant.name}: PNG", 0, partial(_png_row, load, engine, variant))
-        for kind in load.kinds:
-            for at_once in load.concurrency:
-                case = f"{variant.name}: {KINDS[kind]}"
-                images = at_once - (-load.images // at_once * at_once)
-                measure = partial(_load_row, load, engine, case, kind, at_once)
-                report.attempt("engine", case, load.image_s * images, measure)
-    finally:
-        engine.close()
+    load.report.attempt("engine", f"{variant.name}: start", load.image_s, start)
+    return engine
+
+
+def _measure_engine(load: Workload, engine: Engine, variant: Variant) -> None:
+    report = load.report
+    report.attempt("engine", f"{variant.name}: PNG", 0, partial(_png_row, load, engine, variant))
+    for kind in load.kinds:
+        jobs = load.jobs(engine.base, kind, WARM_STEPS)
+        run_all(engine, [jobs(i) for i in range(MANY if kind == "each" else 1)])
+        for at_once in load.concurrency:
+            case = f"{variant.name}: {KINDS[kind]}"
+            images = at_once + _images(load, at_once)
+            measure = partial(_load_row, load, engine, case, kind, at_once)
+            report.attempt("engine", case, load.image_s * images, measure)
+
+
+def _images(load: Workload, at_once: int) -> int:
+    """Whole rounds, two at least of more than one."""
+    return max(-(-load.images // at_once) * at_once, 2 * at_once)
 
 
 def _load_row(load: Workload, engine: Engine, case: str, kind: str, at_once: int) -> Row:
     reset_peak(load.device)
     jobs = load.jobs(engine.base, kind)
-    found = closed_loop(engine, jobs, partial(_png, load, engine), at_once, load.images)
+    found = closed_loop(engine, jobs, partial(_png, load, engine), at_once, _images(load, at_once))
     load.image_s = 1 / found.img_s
     return Row(
         "engine",
@@ -166,27 +190,30 @@ def _png_row(load: Workload, engine: Engine, variant: Variant) -> Row:
     return Row("engine", f"{variant.name}: PNG", samples=5, median_ms=median_ms(seconds), note=note)
 
 
-def _measure_bank(load: Workload, variant: Variant) -> None:
-    """A step without a bank, then on one engine with it."""
-    without_ms: dict[int, float] = {}
-    with_bank = (("a bank that nobody uses", "none"), ("every job another adapter", "each"))
-    for name, settings, cases in (
-        ("no bank", (NO_BANK,), (("no bank", "none"),)),
-        ("a bank", (), with_bank),
-    ):
-        estimate_s = len(cases) * load.image_s * (GAP_STEPS + 4) / load.steps * sum({1, load.most})
+def _measure_steps(load: Workload, engine: Engine, variant: Variant, cases: Mapping[str, str], rows: list[Row]) -> None:
+    """Adds what a step takes to `rows`, for each of `cases`, adapters by what they are called in the report."""
 
-        def measure(settings: tuple[str, ...] = settings, cases: tuple[tuple[str, str], ...] = cases) -> None:
-            with load.engine(variant, *settings) as engine:
-                for what, kind in cases:
-                    for at_once in sorted({1, load.most}):
-                        row = _step_row(load, engine, f"{variant.name}: a step, {what}", kind, at_once)
-                        assert row.median_ms is not None
-                        if settings:
-                            without_ms[at_once] = row.median_ms
-                        load.report.add(_compared(row, without_ms.get(at_once)))
+    def measure() -> None:
+        for what, kind in cases.items():
+            for at_once in sorted({1, load.most}):
+                rows.append(_step_row(load, engine, f"{variant.name}: a step, {what}", kind, at_once))
 
-        load.report.attempt("bank", f"{variant.name}: a step, {name}", estimate_s, measure)
+    estimate_s = len(cases) * load.image_s * (GAP_STEPS + 4) / load.steps * sum({1, load.most})
+    load.report.attempt("bank", f"{variant.name}: a step", estimate_s, measure)
+
+
+def _compare_steps(load: Workload, variant: Variant, steps: list[Row]) -> None:
+    """Adds rows of steps without a bank, and then `steps` beside these."""
+    without: list[Row] = []
+
+    def measure() -> None:
+        with load.engine(variant, NO_BANK) as engine:
+            _measure_steps(load, engine, variant, {"no bank": "none"}, without)
+
+    load.report.attempt("bank", f"{variant.name}: a step, no bank", load.image_s, measure)
+    without_ms = {row.at_once: row.median_ms for row in without}
+    for row in (*without, *steps):
+        load.report.add(_compared(row, without_ms.get(row.at_once)))
 
 
 def _step_row(load: Workload, engine: Engine, what: str, kind: str, at_once: int) -> Row:
@@ -209,14 +236,6 @@ def _compared(row: Row, without_ms: float | None) -> Row:
     if without_ms is None or without_ms == row.median_ms:
         return row
     return replace(row, note=f"{row.note}, {row.median_ms / without_ms - 1:+.1%}")
-
-
-def _measure_swap(load: Workload, variant: Variant) -> None:
-    def measure() -> None:
-        with load.engine(variant) as engine:
-            measure_joins(load, engine, variant)
-
-    load.report.attempt("swap", f"{variant.name}: a job joins", 12 * load.image_s, measure)
 
 
 def _measure_low_memory(load: Workload, variant: Variant) -> None:

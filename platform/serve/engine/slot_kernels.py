@@ -17,8 +17,8 @@ from lorafleet.serve.engine.slots import leaves_out
 # 2 rows of 1024 tokens 1280 -> 1280: 9.5 of 11; 16 rows: 34 of 76; 16 rows of 4096 tokens 640 -> 640: 75 of 84.
 SHRINK_FEW = {"TOKENS": 32, "FEATURES": 256, "num_warps": 2}
 SHRINK_MANY = {"TOKENS": 64, "FEATURES": 128, "num_warps": 4}
-# For 8-bit inputs, of 12 settings: 1280 features, 2 rows 4.5, and 5.8 for three parts; 16 rows 9.0 and 13.6.
-SHRINK8_FEW = {"TOKENS": 16, "FEATURES": 128, "num_warps": 4, "num_stages": 4}
+# For 8-bit inputs, of 8 settings: 1280 features, 2 rows 4.6, and 5.7 for three parts; 16 rows 8.5 and 13.3.
+SHRINK8_FEW = {"TOKENS": 16, "FEATURES": 256, "num_warps": 4, "num_stages": 5}
 SHRINK8_MANY = {"TOKENS": 64, "FEATURES": 128, "num_warps": 4, "num_stages": 3}
 MANY_TOKENS = 8192  # of all rows together
 EXPAND = {"TOKENS": 64, "FEATURES": 128, "num_warps": 4}

@@ -5,6 +5,7 @@ whole takes a minute; one H200, SDXL with 8-bit products: a step of 16 rows take
 A block is compiled once for all row counts.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -28,6 +29,10 @@ def compiling(shapes: int) -> Iterator[None]:
     PyTorch expects; normalisations over 1280 channels are tried in one pass too (one H200, SDXL, 16 rows of 8-bit
     products: 5 ms less a step)."""
     limits: dict[str, Any] = {"recompile_limit": 8 * shapes + 64, "accumulated_recompile_limit": 4096}
+    # Or else the compiler looks up in its cache which way was quickest, and with torch 2.11 a second start on one cache
+    # fails there: kernels that come from the cache have no lock (`MultiKernelCall.cache_file_path`: "'NoneType' object
+    # does not support the context manager protocol").
+    os.environ.setdefault("TORCHINDUCTOR_DISABLE_MULTI_KERNEL_CACHE", "1")
     with torch._dynamo.config.patch(limits), torch._inductor.config.patch({"triton.multi_kernel": 1}):
         yield
 

@@ -4,7 +4,8 @@ from torch.nn import functional
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "heads", "features", "keys"), [(2, 1024, 20, 64, 77), (3, 50, 4, 32, 40), (1, 1, 1, 128, 128)]
+    ("rows", "tokens", "heads", "features", "keys"),
+    [(2, 1024, 20, 64, 77), (16, 1000, 20, 64, 77), (3, 50, 4, 32, 40), (1, 1, 1, 128, 128)],
 )
 def test_attention_to_a_prompt(rows: int, tokens: int, heads: int, features: int, keys: int) -> None:
     from lorafleet.serve.engine.text_kernels import attend_to_text

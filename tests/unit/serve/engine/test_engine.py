@@ -411,3 +411,20 @@ def test_a_done_job_leaves_nothing_behind(make_engine: MakeEngine) -> None:
 def test_graphs_need_a_gpu(make_engine: Callable[..., Engine]) -> None:
     with pytest.raises(ConfigError, match="engine.cuda_graphs needs the base on a CUDA GPU"):
         make_engine(cuda_graphs=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "max_batch", "buckets"),
+    [
+        ("regional", 1, (2,)),
+        ("regional", 8, (2, 4, 6, 8, 10, 12, 14, 16)),
+        ("regional", 12, (2, 4, 8, 12, 16, 20, 24)),
+        ("full", 8, (2, 4, 8, 16)),
+        ("full", 6, (2, 4, 8, 12)),
+        ("none", 8, ()),
+    ],
+)
+def test_batches_are_filled_up_to_what_is_warmed_up(
+    make_engine: MakeEngine, mode: str, max_batch: int, buckets: tuple[int, ...]
+) -> None:
+    assert make_engine(exact=False, compile=mode, max_batch=max_batch)._row_buckets() == buckets

@@ -80,7 +80,7 @@ HTTP_CODES: Final = {404: "route_not_found", 405: "method_not_allowed"}
 def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bool = True) -> FastAPI:
     """All routes. `adds_request_id` is off behind a proxy that puts `x-request-id` on every response itself."""
     service = Service(settings, backend, error_body)
-    jobs = Jobs(service, settings.jobs, settings.replicas)
+    jobs = Jobs(service, settings.jobs, settings.most_replicas)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +97,7 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
         redirect_slashes=False,
         openapi_url=None,
     )
+    app.state.service = service
     for routes in (health, models, generate, images, huggingface, documents):
         routes.add(app, service)
     job_routes.add(app, service, jobs)

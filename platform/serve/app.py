@@ -3,24 +3,35 @@
 import asyncio
 import logging
 import os
+import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.registry import open_registry
+from lorafleet.serve.affinity import Report, short_key
 from lorafleet.serve.api import create_app
-from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.config import LiveSettings, ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.routing import AdapterRouter
+from lorafleet.serve.scaling import BACKLOG, autoscaling
 from lorafleet.serve.work import Work
+from lorafleet.serve.workload import Workload
+
+if TYPE_CHECKING:
+    from lorafleet.serve.preload import Preloader
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +39,8 @@ MODEL_TIMEOUT_S: Final = 2.0  # a replica answers this from its event loop, howe
 RELOAD_AFTER_S: Final = 60.0  # long enough for whoever starts the service to be told why it fails
 LOST: Final = "the replica went away while it worked on this request: try again"
 GATEWAY_CPUS: Final = 0.1
-OTHER_REQUESTS: Final = 100  # health checks and bad requests at a time, beside the admitted ones
+MANY: Final = 100_000  # requests at a time: more than are ever admitted
+MAX_REPORTED: Final = 1000  # adapters in CPU memory; each takes 20 bytes of a report
 
 
 @serve.deployment
@@ -41,6 +53,8 @@ class Replica:
 
     def __init__(self, settings: ServeSettings, threads: int) -> None:
         self._stall_s = settings.request_timeout_s
+        self._workload = Workload()
+        self._preloader: Preloader | None = None
         self._failure: LorafleetError | None = None
         try:
             self._load(settings, threads)
@@ -59,20 +73,35 @@ class Replica:
 
         from lorafleet.sdxl.base import load_base
         from lorafleet.serve.pipeline import Pipeline
+        from lorafleet.serve.preload import Preloader
 
         torch.set_num_threads(threads)
-        self._pipeline = Pipeline(load_base(settings.base), settings.engine).start()
+        registry = open_registry(settings.registry)
+        self._pipeline = Pipeline(load_base(settings.base), settings.engine, registry).start()
         self._pipeline.generate(GenerationRequest(prompt="warm-up", steps=1, seed=0))
+        if (bank := self._pipeline.engine.bank) is not None:
+            self._preloader = Preloader(bank, registry)
+
+    def reconfigure(self, live: dict[str, Any]) -> None:
+        """Serve's `user_config`: called after the start, and whenever it is changed."""
+        if self._preloader is not None:
+            self._preloader.want(LiveSettings.model_validate(live).preload)
 
     async def model(self) -> ModelInfo | LorafleetError:
-        return self._failure or self._pipeline.model
+        if self._failure is not None:
+            return self._failure
+        problems = () if self._preloader is None else self._preloader.problems
+        return replace(self._pipeline.model, problems=problems)
 
     async def generate(self, work: Work, timeout_s: float) -> GenerationResult | LorafleetError:
         """When the gateway's call is cancelled, so are the images."""
         if self._failure is not None:
             return self._failure
         try:
-            return await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
+            with self._counted(work) as done:
+                result = await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
+                done.set()
+                return result
         except Exception as error:  # the process edge: this request is lost, the replica is not
             return _in_our_words(error)
 
@@ -82,11 +111,29 @@ class Replica:
             yield self._failure
             return
         try:
-            async with aclosing(self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)) as events:
-                async for event in events:
-                    yield event
+            with self._counted(work) as done:
+                async with aclosing(self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)) as events:
+                    async for event in events:
+                        yield event
+                done.set()
         except Exception as error:  # the process edge, as above
             yield _in_our_words(error)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For the gateways' routers, asked by Serve every `routing.stats_every_s`."""
+        if self._failure is not None:
+            return {}
+        bank = self._pipeline.engine.bank
+        slots, host = ([], []) if bank is None else bank.residents()
+        return Report(
+            slots=[short_key(key) for key in slots],
+            host=[short_key(key) for key in host[-MAX_REPORTED:]],
+            backlog_s=round(self._workload.backlog_s, 2),
+            unit_s=float(f"{self._workload.unit_s:.2g}"),
+        ).to_json()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {BACKLOG: self._workload.backlog_s}
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises: what hindered the load may pass, and an engine
@@ -100,6 +147,16 @@ class Replica:
             raise LorafleetError(f"the engine failed: {engine.failure}")
         if time.monotonic() - engine.heartbeat > self._stall_s:
             raise LorafleetError(f"the engine has not moved for {self._stall_s:g} seconds")
+
+    @contextmanager
+    def _counted(self, work: Work) -> Iterator[threading.Event]:
+        """Counts work in flight; the event is to be set when its images are made."""
+        units, done = work.cost(), threading.Event()
+        self._workload.enter(units)
+        try:
+            yield done
+        finally:
+            self._workload.leave(units, is_done=done.is_set())
 
 
 def _in_our_words(error: Exception) -> LorafleetError:
@@ -162,22 +219,35 @@ class Gateway:
     """HTTP in, HTTP out. Imports no torch, so that it is up before the model is."""
 
     def __init__(self, settings: ServeSettings, replicas: DeploymentHandle[Any]) -> None:
-        self._settings = settings
-        self._replicas = replicas
+        self._app = create_app(settings, ReplicaBackend(replicas), adds_request_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._settings, ReplicaBackend(self._replicas), adds_request_id=False)
+        return self._app
+
+    def reconfigure(self, live: dict[str, Any]) -> None:
+        """Serve's `user_config`: called after the start, and whenever it is changed."""
+        self._app.state.service.reconfigure(LiveSettings.model_validate(live))
 
 
 def build(settings: ServeSettings, *, replica_gpus: float, replica_threads: int) -> serve.Application:
-    """The application. Serve's own queues get more places than admission fills: ours is the one that counts."""
-    at_a_time = settings.max_queued + settings.replicas + OTHER_REQUESTS
+    """The application. Serve's own queues have more places than admission fills: ours is the one that counts."""
+    live = settings.live.model_dump(mode="json")
+    scaling = settings.scaling
+    router: dict[str, Any] = {
+        "request_router_class": f"{AdapterRouter.__module__}:{AdapterRouter.__qualname__}",
+        "request_router_kwargs": {"slot_s": settings.routing.slot_s, "host_s": settings.routing.host_s},
+        "request_routing_stats_period_s": settings.routing.stats_every_s,
+    }
     replicas = Replica.options(  # type: ignore[attr-defined]
-        num_replicas=settings.replicas,
-        max_ongoing_requests=at_a_time,
+        num_replicas=settings.replicas if scaling is None else "auto",
+        autoscaling_config=None if scaling is None else autoscaling(scaling, settings.replicas),
+        max_ongoing_requests=MANY,
+        request_router_config=RequestRouterConfig(**router),
+        user_config=live,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": replica_gpus},
     ).bind(settings, replica_threads)
     gateway: serve.Application = Gateway.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=at_a_time, ray_actor_options={"num_cpus": GATEWAY_CPUS}
+        max_ongoing_requests=MANY, user_config=live, ray_actor_options={"num_cpus": GATEWAY_CPUS}
     ).bind(settings, replicas)
     return gateway

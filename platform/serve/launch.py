@@ -122,7 +122,7 @@ def _ray(settings: ServeSettings) -> Iterator[None]:
         with _one_sentence("Ray did not start"):
             context: Any = ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.replica_cpus + 1)),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(settings.most_replicas * settings.replica_cpus + 1)),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(temp_dir),
@@ -192,7 +192,7 @@ def _deploy(settings: ServeSettings) -> None:
             "lower replicas or replica_gpus",
             param="replicas",
         )
-    threads = settings.replica_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
+    threads = settings.replica_threads or max(1, (os.cpu_count() or 1) // settings.most_replicas)
     log = LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)
     http = {"host": settings.host, "port": settings.port}
     app = build(settings, replica_gpus=gpus, replica_threads=threads)

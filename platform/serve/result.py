@@ -19,8 +19,9 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The base that a replica has loaded."""
+    """The base that a replica has loaded. `problems`: what it works without, such as an adapter to be preloaded."""
 
     ref: BaseRef
     limits: BaseLimits
     created_unix_s: int
+    problems: tuple[str, ...] = ()

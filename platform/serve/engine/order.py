@@ -35,15 +35,17 @@ def choose(candidates: Sequence[C], *, max_jobs: int, max_skipped_turns: int) ->
 def seat(candidates: Sequence[C], claim: Callable[[C, bool], bool], *, max_skipped_turns: int) -> None:
     """Calls `claim(candidate, only_resident)` in order of urgency; it returns whether the candidate got its slots.
 
-    Behind one that must wait only those are let through whose adapters are in slots already, and behind one that was
-    passed over for `max_skipped_turns` turns nobody, so that at last the slots it needs are free.
+    First come those whose adapters are in slots already, so that nobody empties a slot that another one waits for;
+    but behind one that was passed over for `max_skipped_turns` turns nobody gets any, so that at last the slots it
+    needs are free.
     """
-    somebody_waits = False
-    for candidate in by_urgency(candidates, max_skipped_turns):
-        if not claim(candidate, somebody_waits):
-            somebody_waits = True
-            if candidate.skipped_turns >= max_skipped_turns:
-                return
+    ordered = by_urgency(candidates, max_skipped_turns)
+    while ordered and ordered[0].skipped_turns >= max_skipped_turns:
+        if not claim(ordered.pop(0), False):
+            return
+    for candidate in [candidate for candidate in ordered if not claim(candidate, True)]:
+        if not claim(candidate, False):
+            return
 
 
 def by_urgency(candidates: Sequence[C], max_skipped_turns: int) -> list[C]:

@@ -418,8 +418,10 @@ def test_adapters_that_cannot_be_are_refused_at_once(make_engine: MakeEngine, st
 
 
 def test_a_bank_must_hold_the_largest_batch() -> None:
-    EngineSettings.model_validate({"bank": {}})
     for settings in ({"max_batch": 9}, {"exact_jobs": 9}, {"row_buckets": (4, 18)}):
-        with pytest.raises(ValueError, match=r"set bank\.rows=18"):
-            EngineSettings.model_validate({"bank": {}, **settings})
-        EngineSettings.model_validate({"bank": {"rows": 18}, **settings})
+        with pytest.raises(ValueError, match=r"set bank\.rows=18 or leave it out"):
+            EngineSettings.model_validate({"bank": {"rows": 16}, **settings})
+        for bank in ({}, {"rows": 18}):
+            chosen = EngineSettings.model_validate({"bank": bank, **settings}).bank
+            assert chosen is not None
+            assert chosen.rows == 18

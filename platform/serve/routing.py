@@ -1,0 +1,51 @@
+"""Affinity as Ray Serve's request router: it lives in the gateway, and sees every call on its way to a replica."""
+
+import asyncio
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from lorafleet.serve.affinity import Affinity
+from lorafleet.serve.work import Work
+
+
+class AdapterRouter(RequestRouter):
+    """Sends work to the replica that `Affinity` prefers. Replicas report what they hold by `record_routing_stats`."""
+
+    def initialize_state(self, slot_s: float, host_s: float) -> None:  # type: ignore[override]
+        self._affinity = Affinity(slot_s, host_s)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        self._affinity.update({replica.replica_id.unique_id: replica.routing_stats for replica in replicas})
+        super().update_replicas(replicas)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        work = _work_of(pending_request)
+        ranked, _ = self._affinity.rank(list(by_id), work)
+        if pending_request is not None and work is not None and ranked:
+            # Counted from here on: others are routed before the replica has answered.
+            request = pending_request.metadata.internal_request_id
+            self._affinity.sent(request, ranked[0], work)
+            pending_request.future.add_done_callback(lambda future: self._given_up(request, future))
+        return [[by_id[replica]] for replica in ranked]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        work = _work_of(pending_request)
+        if work is not None:
+            request = pending_request.metadata.internal_request_id
+            self._affinity.sent(request, replica_id.unique_id, work)
+            loop = asyncio.get_running_loop()
+            result.add_done_callback(lambda _: loop.call_soon_threadsafe(self._affinity.ended, request))
+
+    def _given_up(self, request: str, future: asyncio.Future[Any]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._affinity.ended(request)
+
+
+def _work_of(request: PendingRequest | None) -> Work | None:
+    """The work that a call carries; other calls are questions."""
+    given = request.args[0] if request is not None and request.args else None
+    return given if isinstance(given, Work) else None

@@ -77,8 +77,8 @@ class EngineSettings(BaseModel):
     row_buckets: tuple[Annotated[int, Field(ge=1, le=128)], ...] | None = Field(
         default=None,
         description="row counts that a batch is filled up to, unless exact is on; an image has 2 rows, without "
-        "guidance 1; left out: 2, 4, 8 and so on up to max_batch images where shapes are compiled or recorded, else "
-        "batches are not filled up",
+        "guidance 1; left out: 2, 4 and eighths of the largest (powers of two with compile=full) where shapes are "
+        "compiled or recorded, else batches are not filled up",
     )
     compile: CompileMode | None = Field(
         default=None,

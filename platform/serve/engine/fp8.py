@@ -12,6 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 from lorafleet.core.errors import ConfigError
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.sdxl.base import Base
+from lorafleet.serve.engine import caches
 from lorafleet.serve.engine.job import Job
 from lorafleet.serve.engine.prompts import PromptCache
 from lorafleet.serve.engine.sampler import Sampler
@@ -58,6 +60,7 @@ GUIDANCE: Final = 5.0
 MARGIN: Final = 2.0
 """Room above the largest input seen, for adapters that enlarge it. It costs next to nothing in floating point: only
 what is below 1/14336 of the largest loses digits."""
+COPIES: Final = 4  # of weights to the CPU at a time
 
 _emulates = False
 
@@ -97,7 +100,14 @@ def require(base: Base) -> None:
 
 def calibrate(base: Base, size: tuple[int, int]) -> dict[str, float]:
     """The largest absolute input of each linear that can be quantised, over `STEPS` steps of `PROMPTS` in `size`,
-    (width, height) in pixels; by path in the UNet. The UNet is as yet uncompiled, and no row has adapters."""
+    (width, height) in pixels; by path in the UNet. The UNet is as yet uncompiled, and no row has adapters.
+
+    It is done once for a base, and kept on disk (`caches.measured`)."""
+    depends_on = [base.fingerprint, str(base.dtype), size, PROMPTS, STEPS, GUIDANCE, sorted(_linears(base))]
+    return caches.measured("fp8-inputs", depends_on, lambda: _largest_inputs(base, size))
+
+
+def _largest_inputs(base: Base, size: tuple[int, int]) -> dict[str, float]:
     unet: Any = base.pipeline.unet
     seen: dict[str, torch.Tensor] = {}
 
@@ -275,8 +285,11 @@ class Fp8Weights:
                 else:
                     self._put(path, Fp8Linear(linear, product))
                 self._linears.append(linear)
+            with ThreadPoolExecutor(COPIES) as pool:
+                on_cpu = list(pool.map(lambda linear: linear.weight.data.cpu(), self._linears))
+            for linear, weight in zip(self._linears, on_cpu, strict=True):
                 # in place: whoever else holds the parameter, as the bank does, is to get it back too
-                linear.weight.data = linear.weight.data.cpu()
+                linear.weight.data = weight
             for path, module in list(self._unet.named_modules()):
                 if isinstance(module, FeedForward) and _is_geglu(module):
                     self._put(f"{path}.net.0", Fp8GEGLU(module.net[0], module.net[2].product))

@@ -1,11 +1,9 @@
 """A CUDA graph of one function for inputs of one shape."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
-
-WARM_RUNS: Final = 2  # before recording: kernels are chosen and workspaces allocated in the first ones
 
 
 class Recording:
@@ -27,8 +25,7 @@ class Recording:
         stream = torch.cuda.Stream(priority=-1 if goes_first else 0)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_RUNS):
-                call(*inputs)
+            call(*inputs)  # kernels are chosen and workspaces allocated in the first call
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads go on calling CUDA meanwhile: only what this one does may spoil the recording.

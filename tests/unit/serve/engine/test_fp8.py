@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,10 @@ def test_adapters_see_the_quantised_input(by_row: bool, dtype: torch.dtype) -> N
     assert 0.001 < (wanted - plain).norm() / plain.norm() < 0.05
 
 
-def test_calibration_is_deterministic_and_covers_what_is_worth_it(emojixl: Base, amax: dict[str, float]) -> None:
+def test_calibration_is_deterministic_and_covers_what_is_worth_it(
+    emojixl: Base, amax: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFLEET_HOME", str(tmp_path))  # where nobody has kept it
     assert calibrate(emojixl, SIZE) == amax
     assert len(amax) == 7 * 10  # 7 transformers of one block each
     kinds = {path.removeprefix(BLOCK) for path in amax if path.startswith(BLOCK)}

@@ -68,7 +68,7 @@ def describe(app: FastAPI, limits: BaseLimits | None) -> dict[str, Any]:
         _narrow_sizes(schemas, limits)
     for name, steps in _STEPS.items():
         is_lcm = {"properties": {"scheduler": {"const": "lcm"}}, "required": ["scheduler"]}
-        schemas[name] |= {"if": is_lcm, "then": {"properties": {steps: {"maximum": MAX_LCM_STEPS}}}}
+        schemas[name] |= {"if": is_lcm, "then": {"properties": {steps: {"type": "integer", "maximum": MAX_LCM_STEPS}}}}
     schemas["EditsBody"]["required"].append("image")
     for field in schemas["EditsBody"]["properties"].values():
         if "anyOf" in field:  # a form has no null

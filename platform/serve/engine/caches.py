@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from lorafleet.core.config import home
 
@@ -21,8 +21,8 @@ def directory() -> Path:
 
 def keep_compiled() -> None:
     """Before anything is compiled. PyTorch and Triton have folders of their own else, one of them in /tmp, which a new
-    container has lost. What the environment says stays, but for PyTorch's default, which its import has put there."""
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+    container has lost. What the environment says stays, but for PyTorch's default, which PyTorch itself puts there."""
+    if cache_dir() == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory() / "inductor")
     os.environ.setdefault("TRITON_CACHE_DIR", str(directory() / "triton"))
 

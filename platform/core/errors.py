@@ -137,19 +137,26 @@ class StorageUnavailable(LorafleetError):
 
 
 class Overloaded(LorafleetError):
-    """The service has as much work queued as it accepts. `retry_after_s` says when to come back."""
+    """The service has as much work queued as it accepts. `retry_after_s` says when to come back, `reason` in a word
+    what is full, for metrics."""
 
     code = "overloaded"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float = 1.0, reason: str = "queue_full"
+    ) -> None:
         super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class AdapterBusy(Overloaded):
     """Every adapter slot is leased or pinned at the moment; one is free again when an image is done."""
 
     code = "adapter_busy"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, reason="slots_busy")
 
 
 class NotReady(LorafleetError):

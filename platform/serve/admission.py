@@ -42,6 +42,7 @@ class Admission:
                 f"this would be done in about {needed_s:.0f} seconds, as {self.backlog_s:.0f} seconds of work are in "
                 f"front of it, and a request may take {timeout_s:g}: try again later",
                 retry_after_s=max(MIN_RETRY_AFTER_S, min(self.backlog_s, needed_s - timeout_s)),
+                reason="too_late",
             )
         return self.enter(units)
 

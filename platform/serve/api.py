@@ -31,9 +31,10 @@ from lorafleet.core.errors import (
     RecipeMismatch,
     StorageUnavailable,
 )
+from lorafleet.core.metrics import Recorder, Unrecorded
 from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, UnsupportedMediaType
 from lorafleet.serve.config import ServeSettings
-from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge
+from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge, note_failure
 from lorafleet.serve.jobs import Jobs
 from lorafleet.serve.routes import documents, generate, health, huggingface, images, models
 from lorafleet.serve.routes import jobs as job_routes
@@ -77,9 +78,12 @@ TYPES: Final = {
 HTTP_CODES: Final = {404: "route_not_found", 405: "method_not_allowed"}
 
 
-def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bool = True) -> FastAPI:
+def create_app(
+    settings: ServeSettings, backend: Backend, *, adds_request_id: bool = True, recorder: Recorder | None = None
+) -> FastAPI:
     """All routes. `adds_request_id` is off behind a proxy that puts `x-request-id` on every response itself."""
-    service = Service(settings, backend, error_body)
+    recorder = recorder or Unrecorded()
+    service = Service(settings, backend, error_body, recorder)
     jobs = Jobs(service, settings.jobs, settings.most_replicas)
 
     @asynccontextmanager
@@ -97,13 +101,13 @@ def create_app(settings: ServeSettings, backend: Backend, *, adds_request_id: bo
         redirect_slashes=False,
         openapi_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.jobs = service, jobs
     for routes in (health, models, generate, images, huggingface, documents):
         routes.add(app, service)
     job_routes.add(app, service, jobs)
     for kind in (LorafleetError, HTTPException):
         app.add_exception_handler(kind, lambda _, error: error_response(error))
-    app.add_middleware(Edge, on_error=error_response, adds_header=adds_request_id)
+    app.add_middleware(Edge, on_error=error_response, adds_header=adds_request_id, recorder=recorder)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -139,6 +143,7 @@ def _describe(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
     else:
         logger.error("a request failed for a reason of the service's own", exc_info=error)
         status, message, param, code = 500, "the service failed: its log says why", None, "internal_error"
+    note_failure(error, status, code)
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, NotReady):

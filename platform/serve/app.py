@@ -19,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.metrics import PRELOAD_PROBLEMS, REPLICA_BACKLOG_SECONDS, REPLICA_READY, REPLICA_REQUESTS
 from lorafleet.core.registry import open_registry
 from lorafleet.serve.affinity import Report, short_key
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import LiveSettings, ServeSettings
 from lorafleet.serve.events import Event
+from lorafleet.serve.metrics import RayRecorder
 from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.routing import AdapterRouter
 from lorafleet.serve.scaling import BACKLOG, autoscaling
@@ -56,6 +58,9 @@ class Replica:
         self._workload = Workload()
         self._preloader: Preloader | None = None
         self._failure: LorafleetError | None = None
+        self._is_loaded = False
+        self._recorder = RayRecorder()
+        self._recorder.sample(self._measure)
         try:
             self._load(settings, threads)
         except LorafleetError as error:
@@ -72,15 +77,21 @@ class Replica:
         import torch
 
         from lorafleet.sdxl.base import load_base
+        from lorafleet.serve.engine_metrics import EngineMetrics
         from lorafleet.serve.pipeline import Pipeline
         from lorafleet.serve.preload import Preloader
 
         torch.set_num_threads(threads)
         registry = open_registry(settings.registry)
-        self._pipeline = Pipeline(load_base(settings.base), settings.engine, registry).start()
+        self._pipeline = Pipeline(load_base(settings.base), settings.engine, registry, self._recorder).start()
         self._pipeline.generate(GenerationRequest(prompt="warm-up", steps=1, seed=0))
-        if (bank := self._pipeline.engine.bank) is not None:
+        engine = self._pipeline.engine
+        metrics = EngineMetrics(self._recorder, engine.bank)
+        engine.observe(metrics)
+        self._recorder.sample(metrics.sample)
+        if (bank := engine.bank) is not None:
             self._preloader = Preloader(bank, registry)
+        self._is_loaded = True
 
     def reconfigure(self, live: dict[str, Any]) -> None:
         """Serve's `user_config`: called after the start, and whenever it is changed."""
@@ -142,11 +153,24 @@ class Replica:
             if time.monotonic() - self._failed_at > RELOAD_AFTER_S:
                 raise self._failure
             return
+        if (fault := self._fault()) is not None:
+            raise LorafleetError(fault)
+
+    def _fault(self) -> str | None:
+        """What is wrong with the engine."""
         engine = self._pipeline.engine
         if engine.failure is not None:
-            raise LorafleetError(f"the engine failed: {engine.failure}")
+            return f"the engine failed: {engine.failure}"
         if time.monotonic() - engine.heartbeat > self._stall_s:
-            raise LorafleetError(f"the engine has not moved for {self._stall_s:g} seconds")
+            return f"the engine has not moved for {self._stall_s:g} seconds"
+        return None
+
+    def _measure(self) -> None:
+        """Sets the gauges; from the recorder's thread."""
+        self._recorder.set(REPLICA_READY, float(self._is_loaded and self._fault() is None))
+        self._recorder.set(REPLICA_REQUESTS, self._workload.in_flight)
+        self._recorder.set(REPLICA_BACKLOG_SECONDS, self._workload.backlog_s)
+        self._recorder.set(PRELOAD_PROBLEMS, 0 if self._preloader is None else len(self._preloader.problems))
 
     @contextmanager
     def _counted(self, work: Work) -> Iterator[threading.Event]:
@@ -219,7 +243,10 @@ class Gateway:
     """HTTP in, HTTP out. Imports no torch, so that it is up before the model is."""
 
     def __init__(self, settings: ServeSettings, replicas: DeploymentHandle[Any]) -> None:
-        self._app = create_app(settings, ReplicaBackend(replicas), adds_request_id=False)
+        recorder = RayRecorder()
+        self._app = create_app(settings, ReplicaBackend(replicas), adds_request_id=False, recorder=recorder)
+        recorder.sample(self._app.state.service.measure)
+        recorder.sample(self._app.state.jobs.measure)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -1,11 +1,13 @@
 """Adapter files on their way from the registry to this machine's disk."""
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from lorafleet.core.manifest import Manifest
+from lorafleet.core.metrics import DOWNLOAD_BYTES, DOWNLOAD_SECONDS, Recorder, Unrecorded
 from lorafleet.core.registry import Registry
 
 THREADS: Final = 8
@@ -23,8 +25,9 @@ class Download:
 class Downloads:
     """Each version is downloaded once, however many wait for it. Safe for several threads."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, recorder: Recorder | None = None) -> None:
         self._registry = registry
+        self._recorder = recorder or Unrecorded()
         self._lock = threading.Lock()
         self._running: dict[str, Download] = {}
         self._threads = ThreadPoolExecutor(THREADS, "download")
@@ -45,8 +48,14 @@ class Downloads:
         def on_progress(done: int, _: int) -> None:
             download.done_bytes = done
 
+        start, result = time.monotonic(), "error"
         try:
-            return self._registry.pull(download.manifest, on_progress=on_progress)
+            file = self._registry.pull(download.manifest, on_progress=on_progress)
+            result = "ok"
+            return file
         finally:
+            if download.done_bytes or result == "error":  # else it was here already
+                self._recorder.observe(DOWNLOAD_SECONDS, time.monotonic() - start, result=result)
+                self._recorder.add(DOWNLOAD_BYTES, download.done_bytes)
             with self._lock:
                 del self._running[download.manifest.version]

@@ -11,6 +11,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 
 from lorafleet.core.errors import IdempotencyConflict, JobNotFound, LorafleetError, NotReady, Overloaded
+from lorafleet.core.metrics import JOB_RETRIES, JOBS, JOBS_ACCEPTED, JOBS_ENDED, OK, Result
 from lorafleet.serve.admission import MIN_RETRY_AFTER_S
 from lorafleet.serve.config import JobSettings
 from lorafleet.serve.events import to_json
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 READ_S: Final = 30.0
 LOOK_S: Final = 5.0  # how often a gateway looks for jobs that another one left behind
 CANCELLED: Final = {"type": "cancelled"}
+RESULTS: Final[dict[str, Result]] = {"done": OK, "error": "error", "cancelled": "cancelled"}
 _NUMBER: Final = re.compile(r"^[0-9]{1,20}(-[0-9]{1,20})?$")
 
 
@@ -33,6 +35,7 @@ class Jobs:
 
     def __init__(self, service: Service, settings: JobSettings, replicas: int, store: JobStore | None = None) -> None:
         self._service = service
+        self._recorder = service.recorder
         self._settings = settings
         self._store = store or make_store(settings)
         self._turns = asyncio.Semaphore(settings.running * replicas)
@@ -53,10 +56,12 @@ class Jobs:
             raise Overloaded(
                 f"{len(self._tasks)} jobs are running or waiting, all that are accepted: try again later",
                 retry_after_s=max(MIN_RETRY_AFTER_S, self._service.backlog_s),
+                reason="jobs_full",
             )
         if not await self._store.create(job):  # by the same key, a moment ago
             return self._same(await self._store.get(job.id), work)
         await self._store.append(job.id, {"type": "queued"})
+        self._recorder.add(JOBS_ACCEPTED)
         self._begin(job)
         return job
 
@@ -79,9 +84,16 @@ class Jobs:
     async def cancel(self, job_id: str) -> None:
         """It ends within a step, wherever it runs; one that has ended stays as it is. Raises JobNotFound, NotReady."""
         await self._store.get(job_id)
-        await self._store.append(job_id, CANCELLED)
+        if await self._store.append(job_id, CANCELLED):
+            self._recorder.add(JOBS_ENDED, result=RESULTS["cancelled"])
         if job_id in self._tasks:
             self._tasks[job_id].cancel()
+
+    def measure(self) -> None:
+        """Sets the gauges; from any thread."""
+        running = len(self._runs)
+        self._recorder.set(JOBS, running, state="running")
+        self._recorder.set(JOBS, max(0, len(self._tasks) - running), state="waiting")
 
     def look_for_abandoned(self) -> None:
         """From now on, now and then: jobs whose gateway is gone are taken over."""
@@ -117,7 +129,9 @@ class Jobs:
         leasing = asyncio.create_task(self._lease(job.id))
         try:
             async with self._turns:
-                await self._store.append(job.id, await self._attempt(job))
+                end = await self._attempt(job)
+                if await self._store.append(job.id, end):
+                    self._recorder.add(JOBS_ENDED, result=RESULTS[end["type"]])
         except LorafleetError as error:  # the store is away: who looks for abandoned jobs finds this one
             logger.warning("job %s cannot be noted: %s", job.id, error.message)
         finally:
@@ -140,6 +154,7 @@ class Jobs:
                         return content
                     if content["type"] == "retrying":
                         await self._store.attempt(job.id)
+                        self._recorder.add(JOB_RETRIES)
                     if not await self._store.append(job.id, content):
                         return CANCELLED
         except Exception as error:  # the process edge: the job ends with it

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lorafleet.core.errors import DeadlineExceeded, InvalidRequest
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
+from lorafleet.core.metrics import Recorder
 from lorafleet.core.recipe import BaseRef, Recipe, embed, versions
 from lorafleet.core.registry import Registry
 from lorafleet.sdxl.base import Base
@@ -45,12 +46,18 @@ class Pipeline:
     """Runs requests on an engine, for several threads at once: in its thread between `start` and `close`, else in
     the caller's. The images of all requests, and those of one, share its batches."""
 
-    def __init__(self, base: Base, settings: EngineSettings | None = None, registry: Registry | None = None) -> None:
-        """`registry`: where requests' adapters are."""
+    def __init__(
+        self,
+        base: Base,
+        settings: EngineSettings | None = None,
+        registry: Registry | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`registry`: where requests' adapters are. `recorder`: measures their downloads."""
         self.base = base
         self.engine = Engine(base, settings)
         self._registry = registry
-        self._downloads = None if registry is None else Downloads(registry)
+        self._downloads = None if registry is None else Downloads(registry, recorder)
         self.model = ModelInfo(
             ref=BaseRef(id=base.id, revision=base.config.revision, fingerprint=base.fingerprint),
             limits=base.limits,

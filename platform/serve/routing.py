@@ -5,7 +5,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from lorafleet.serve.affinity import Affinity
+from lorafleet.core.metrics import ROUTER_CHOICES
+from lorafleet.serve.affinity import Affinity, Choice
+from lorafleet.serve.metrics import RayRecorder
 from lorafleet.serve.work import Work
 
 
@@ -14,6 +16,8 @@ class AdapterRouter(RequestRouter):
 
     def initialize_state(self, slot_s: float, host_s: float) -> None:  # type: ignore[override]
         self._affinity = Affinity(slot_s, host_s)
+        self._choices: dict[str, Choice] = {}  # for requests that are being routed
+        self._recorder = RayRecorder()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         self._affinity.update({replica.replica_id.unique_id: replica.routing_stats for replica in replicas})
@@ -24,11 +28,12 @@ class AdapterRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         work = _work_of(pending_request)
-        ranked, _ = self._affinity.rank(list(by_id), work)
+        ranked, choice = self._affinity.rank(list(by_id), work)
         if pending_request is not None and work is not None and ranked:
             # Counted from here on: others are routed before the replica has answered.
             request = pending_request.metadata.internal_request_id
             self._affinity.sent(request, ranked[0], work)
+            self._choices[request] = choice
             pending_request.future.add_done_callback(lambda future: self._given_up(request, future))
         return [[by_id[replica]] for replica in ranked]
 
@@ -37,12 +42,15 @@ class AdapterRouter(RequestRouter):
         if work is not None:
             request = pending_request.metadata.internal_request_id
             self._affinity.sent(request, replica_id.unique_id, work)
+            if (choice := self._choices.pop(request, None)) is not None:
+                self._recorder.add(ROUTER_CHOICES, choice=choice)
             loop = asyncio.get_running_loop()
             result.add_done_callback(lambda _: loop.call_soon_threadsafe(self._affinity.ended, request))
 
     def _given_up(self, request: str, future: asyncio.Future[Any]) -> None:
         if future.cancelled() or future.exception() is not None:
             self._affinity.ended(request)
+            self._choices.pop(request, None)
 
 
 def _work_of(request: PendingRequest | None) -> Work | None:

@@ -45,6 +45,10 @@ class Run:
     def is_good(self) -> bool:
         return bool(self.events) and isinstance(self.events[-1], Done)
 
+    @property
+    def is_called_off(self) -> bool:
+        return self._task.cancelled()
+
     def when_good(self, keep: Callable[[GenerationResult], Awaitable[None]]) -> None:
         """`keep` gets the result once there is one."""
         self._keep = keep

@@ -18,9 +18,23 @@ from lorafleet.core.errors import (
 )
 from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
 from lorafleet.core.manifest import REFERENCE_PATTERN
+from lorafleet.core.metrics import (
+    ADAPTER_USES,
+    BACKLOG_SECONDS,
+    CACHE_LOOKUPS,
+    CANCELLED,
+    MAX_COUNTED_ADAPTERS,
+    OK,
+    OTHER,
+    REGISTRY_SILENT,
+    FirstComers,
+    Recorder,
+    Result,
+    Unrecorded,
+)
 from lorafleet.core.ranges import short
 from lorafleet.core.recipe import BaseRef, RecipeStart
-from lorafleet.serve.admission import Admission
+from lorafleet.serve.admission import Admission, Place
 from lorafleet.serve.cache import make_cache
 from lorafleet.serve.config import LiveSettings, ServeSettings
 from lorafleet.serve.events import Done, Event, Image, Queued, Retrying
@@ -36,6 +50,7 @@ ANY_TERMS: Final = Terms()
 ErrorBody = Callable[[Exception], dict[str, Any]]
 DEADLINE_GRACE_S: Final = 5.0  # a replica notices a passed deadline itself, within one step; then the gateway does
 
+VERSION_DIGITS: Final = 12  # of an adapter's version, in metrics
 DECODINGS: Final = 2  # uploaded pictures that are in memory decoded at a time, up to 130 MB each with its mask
 
 
@@ -55,9 +70,12 @@ class Backend(Protocol):
 class Service:
     """Admission, limits and deadlines around a backend."""
 
-    def __init__(self, settings: ServeSettings, backend: Backend, error_body: ErrorBody) -> None:
+    def __init__(
+        self, settings: ServeSettings, backend: Backend, error_body: ErrorBody, recorder: Recorder | None = None
+    ) -> None:
         """`error_body` puts an error into the one shape."""
         self.settings = settings
+        self.recorder = recorder or Unrecorded()
         self.error_body = error_body
         self.known_model: ModelInfo | None = None
         self._backend = backend
@@ -67,6 +85,7 @@ class Service:
         self._admission = Admission(servers=settings.most_replicas, max_queued=settings.max_queued)
         self.fleet = open_fleet(settings.registry)
         self._request_timeout_s = settings.request_timeout_s
+        self._counted = FirstComers[tuple[str, str]](MAX_COUNTED_ADAPTERS)
 
     def reconfigure(self, live: LiveSettings) -> None:
         """New limits for the requests that come from now on."""
@@ -125,15 +144,19 @@ class Service:
         if terms.key is not None and (run := self._remembered.find(terms.key, asked)):
             return run
         is_cachable = work.is_seeded and self.settings.cache.max_bytes > 0
-        cached = await self._cache.get(fingerprint) if is_cachable and terms.uses_cache else None
+        cached = None
+        if is_cachable and terms.uses_cache:
+            cached = await self._cache.get(fingerprint)
+            self.recorder.add(CACHE_LOOKUPS, result="miss" if cached is None else "hit")
         if terms.key is not None and (run := self._remembered.find(terms.key, asked)):  # begun meanwhile
             return run
         if cached is not None:
             run = Run(_told(cached), is_cached=True)
+            self._count_adapters(work, "cached")
         else:
             timeout_s = self._request_timeout_s
             place = self._admission.admit(work.cost(), timeout_s)
-            run = Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: place.leave(is_done=run.is_good))
+            run = Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: self._ended(run, work, place))
             if is_cachable:
                 run.when_good(lambda result: self._cache.put(fingerprint, result))
         if terms.key is not None:
@@ -145,7 +168,7 @@ class Service:
         its replica is lost, so many times in all. The caller holds the run and lets it go."""
         place = self._admission.enter(work.cost())
         events = self._tried(work, self.settings.jobs.timeout_s, tries)
-        return Run(events, on_end=lambda run: place.leave(is_done=run.is_good))
+        return Run(events, on_end=lambda run: self._ended(run, work, place))
 
     async def generate(self, work: Work, terms: Terms = ANY_TERMS) -> GenerationResult:
         """All images; the work is called off when the caller leaves."""
@@ -159,6 +182,11 @@ class Service:
     def backlog_s(self) -> float:
         """Seconds that the work in flight takes, as far as is known."""
         return self._admission.backlog_s
+
+    def measure(self) -> None:
+        """Sets the gauges; from any thread."""
+        self.recorder.set(BACKLOG_SECONDS, self.backlog_s)
+        self.recorder.set(REGISTRY_SILENT, float(self.fleet.failure is not None))
 
     def fingerprint(self, work: Work) -> str:
         return work.fingerprint(self.known_model.ref.fingerprint if self.known_model else "")
@@ -216,6 +244,16 @@ class Service:
                 param=param,
             )
         return WorkAdapter(manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
+
+    def _ended(self, run: Run, work: Work, place: Place) -> None:
+        place.leave(is_done=run.is_good)
+        self._count_adapters(work, OK if run.is_good else CANCELLED if run.is_called_off else "error")
+
+    def _count_adapters(self, work: Work, result: Result) -> None:
+        for adapter in work.adapters:
+            version = adapter.manifest.name, adapter.manifest.version[:VERSION_DIGITS]
+            name, digits = version if self._counted.knows(version) else (OTHER, OTHER)
+            self.recorder.add(ADAPTER_USES, adapter=name, version=digits, result=result)
 
     async def _tried(self, work: Work, timeout_s: float, tries: int) -> AsyncGenerator[Event]:
         images: set[int] = set()

@@ -47,6 +47,7 @@ from lorafleet.serve.engine.job import (
     Step,
 )
 from lorafleet.serve.engine.loop import Engine
+from lorafleet.serve.engine.observer import Observer
 
 __all__ = [
     "Cancelled",
@@ -58,6 +59,7 @@ __all__ = [
     "ImageResult",
     "Job",
     "JobAdapter",
+    "Observer",
     "Started",
     "Step",
 ]

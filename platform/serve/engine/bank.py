@@ -139,13 +139,14 @@ class AdapterBank:
         self,
         base: Base,
         config: BankConfig,
-        on_filled: Callable[[], None] | None = None,
+        on_filled: Callable[[float | None], None] | None = None,
         *,
         cross_apart: bool = False,
     ) -> None:
         """Wraps every targeted linear of the UNet and both text encoders; until `detach` the base must not be moved
-        to another device or type. `on_filled` is told, in another thread, that a slot was filled or could not be. With
-        `cross_apart` the UNet's projections of the text obey `set_cross_rows` alone. Raises ConfigError."""
+        to another device or type. `on_filled` is told, in another thread, how many seconds the copy into a slot took,
+        None when there was none. With `cross_apart` the UNet's projections of the text obey `set_cross_rows` alone.
+        Raises ConfigError."""
         if base.config.low_memory and base.device.type == "cuda":
             raise ConfigError(
                 "base.low_memory moves the weights about, adapters need them in place: set base.low_memory=false",
@@ -367,12 +368,12 @@ class AdapterBank:
             if not is_wanted:  # whoever it was for has gone before its turn came
                 slot.key, slot.is_filling = None, False
                 self._lock.notify_all()
-        if is_wanted:
-            self._load_into(slot, key, loader)
+        seconds = self._load_into(slot, key, loader) if is_wanted else None
         if self._on_filled is not None:
-            self._on_filled()
+            self._on_filled(seconds)
 
-    def _load_into(self, slot: _Slot, key: str, loader: Loader) -> None:
+    def _load_into(self, slot: _Slot, key: str, loader: Loader) -> float | None:
+        """The seconds that the copy took, None if it could not be made."""
         error: BaseException | None = None
         seconds = 0.0
         try:
@@ -396,6 +397,7 @@ class AdapterBank:
                 self._failures += 1
                 slot.key, slot.lines = None, self.config.max_rank  # a free slot, of unknown content
             self._lock.notify_all()
+        return None if error else seconds
 
     def _packed(self, key: str, loader: Loader) -> Packed:
         with self._lock:

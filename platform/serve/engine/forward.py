@@ -36,6 +36,11 @@ def predict(
     return [part for side in (samplers[:half], samplers[half:]) for part in predict(unet, side, row_buckets, bank)]
 
 
+def filled_up(rows: int, row_buckets: Sequence[int]) -> int:
+    """How many rows a batch of `rows` is run with."""
+    return min((bucket for bucket in row_buckets if bucket >= rows), default=rows)
+
+
 def _forward(
     unet: UNetRunner, samplers: Sequence[Sampler], row_buckets: Sequence[int], bank: AdapterBank | None
 ) -> tuple[torch.Tensor, ...]:
@@ -46,7 +51,7 @@ def _forward(
         assert len(texts) == len(samplers)
         unet.cross_attention.set_rows(texts)
     rows = [sampler.rows for sampler in samplers]
-    padding = min((bucket for bucket in row_buckets if bucket >= sum(rows)), default=sum(rows)) - sum(rows)
+    padding = filled_up(sum(rows), row_buckets) - sum(rows)
 
     def batch(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([*parts, *[parts[-1][-1:]] * padding])

@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 
 from lorafleet.core.errors import ConfigError, GenerationFailed, InvalidRequest, LorafleetError, NotReady
+from lorafleet.core.metrics import OK
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import caches, cross_attention, fp8
 from lorafleet.serve.engine.bank import AdapterBank, Lease
 from lorafleet.serve.engine.cross_attention import CrossAttention
 from lorafleet.serve.engine.ends import Ends
-from lorafleet.serve.engine.forward import predict
+from lorafleet.serve.engine.forward import filled_up, predict
 from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
+from lorafleet.serve.engine.observer import Guarded, Observer
 from lorafleet.serve.engine.order import by_urgency, choose, seat
 from lorafleet.serve.engine.preview import Previewer
 from lorafleet.serve.engine.prompts import PromptCache
@@ -79,11 +81,14 @@ class Engine:
             # First in line: the steps' kernels fill the GPU, and a prompt that waits behind them joins seconds late.
             self._background_stream = torch.cuda.Stream(base.device, priority=-1)  # type: ignore[no-untyped-call]
         self._wake = threading.Event()
+        self._observer = Guarded(Observer())
         computes_text_once = cross_attention.is_possible(base)
         self.bank: AdapterBank | None = None
         """The adapters' slots, of which jobs lease theirs; the base is wrapped until the engine is closed."""
         if self.settings.bank is not None:
-            self.bank = AdapterBank(base, self.settings.bank, on_filled=self._wake.set, cross_apart=computes_text_once)
+            self.bank = AdapterBank(
+                base, self.settings.bank, on_filled=self._slot_filled, cross_apart=computes_text_once
+            )
         self._self_attention = SelfAttention(base, self.bank) if stays else None
         self._cross_attention: CrossAttention | None = None
         if computes_text_once:
@@ -114,6 +119,10 @@ class Engine:
         """What ended the loop, if anything did. Such an engine takes no more jobs."""
         self.heartbeat = time.monotonic()
         """When the loop last showed that it lives, on `time.monotonic()`'s clock; one turn may take a forward."""
+
+    def observe(self, observer: Observer) -> None:
+        """From now on this one is told what happens, in place of another one."""
+        self._observer = Guarded(observer)
 
     def warm_up(self) -> None:
         """Compiles and records the UNet for what the settings name; `start` does it by itself."""
@@ -232,7 +241,10 @@ class Engine:
 
     def _step(self, batch: list[Run]) -> None:
         samplers = [run.sampler for run in batch if run.sampler is not None]
-        outputs = predict(self._unet, samplers, self._row_buckets(), self.bank)
+        row_buckets = self._row_buckets()
+        start = time.perf_counter()
+        outputs = predict(self._unet, samplers, row_buckets, self.bank)
+        seconds = time.perf_counter() - start
         for run, output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
                 self._end(run, Failed(_in_our_words(output)))
@@ -245,7 +257,11 @@ class Engine:
                     self._background.submit(self._in_background, run, self._decode)
                 else:
                     self._attempt(run, self._decode)
+        start = time.perf_counter()
         self._wait_for_the_step_before()
+        seconds += time.perf_counter() - start
+        rows = sum(sampler.rows for sampler in samplers)
+        self._observer.step_taken(seconds, len(samplers), rows, filled_up(rows, row_buckets))
 
     def _wait_for_the_step_before(self) -> None:
         """Lets the GPU be one step behind: enough to keep it busy, and cancelling still works within a step."""
@@ -330,6 +346,11 @@ class Engine:
             run.release()
             self._seat()
 
+    def _slot_filled(self, seconds: float | None) -> None:
+        self._wake.set()
+        if seconds is not None:
+            self._observer.slot_filled(seconds)
+
     # ---- what can go wrong ----
 
     def _attempt(self, run: Run, stage: Callable[..., None], *arguments: object) -> bool:
@@ -372,6 +393,10 @@ class Engine:
             self._runs.remove(run)
             run.release()
             self._seat()
+        if isinstance(event, Finished):
+            self._observer.image_ended(OK, event.result.timings)
+        else:
+            self._observer.image_ended(event.error.code, {})
         run.handle.emit(event)
         self._wake.set()
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -38,9 +39,10 @@ def serve(
     serve_forever(settings, on_ready=_announce)
 
 
-def _announce(address: str) -> None:
+def _announce(address: str, metrics_urls: Sequence[str]) -> None:
     typer.echo(f"Lorafleet is ready at {address} (API docs at {address}/docs, Ctrl-C stops it). Try:")
     typer.echo(
         f"  curl -s {address}/generate -H 'content-type: application/json' -H 'accept: image/png' "
         f"-d {shlex.quote(json.dumps(EXAMPLE))} -o apple.png"
     )
+    typer.echo(f"Metrics for Prometheus: {' '.join(metrics_urls)}")

@@ -250,6 +250,13 @@ class ServeSettings(LiveSettings):
         description="address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 everyone who can reach it",
     )
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="TCP port of this machine, 127.0.0.1 only, where Prometheus finds /metrics of a Ray of our own; "
+        "left out: a free one, told at the start; with ray_address the cluster's nodes have theirs",
+    )
     replicas: int = Field(default=1, ge=1, le=64, description="copies of the model, each in a process of its own")
     replica_cpus: float = Field(
         default=0.5, gt=0, le=256, description="CPU cores that Ray reserves per replica; a fraction shares them"
@@ -319,6 +326,10 @@ class ServeSettings(LiveSettings):
     def _check_combinations(self) -> Self:
         if self.base.device in ("cpu", "mps") and self.replica_gpus:
             raise ValueError(f"replica_gpus={self.replica_gpus:g} but base.device={self.base.device}: set one of them")
+        if self.metrics_port is not None and self.ray_address is not None:
+            raise ValueError("metrics_port is for a Ray of our own, and ray_address names another one: set one of them")
+        if self.metrics_port is not None and self.metrics_port == self.port:
+            raise ValueError(f"metrics_port and port are both {self.port}: set another one")
         if self.base.device.startswith("cuda:"):
             raise ValueError(f"base.device={self.base.device}, but Ray hands out the GPUs here: set base.device=cuda")
         return self

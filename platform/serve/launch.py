@@ -34,14 +34,16 @@ MAX_RAY_DIR_CHARS: Final = 40
 POLL_S: Final = 0.1
 STOP_POLL_S: Final = 0.5
 CONNECT_TIMEOUT_S: Final = 5.0
+LOOPBACK: Final = "127.0.0.1"
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM arrived while starting."""
 
 
-def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -> None:
-    """Runs the service until SIGINT or SIGTERM; calls `on_ready` with its address once it takes requests.
+def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str, list[str]], None]) -> None:
+    """Runs the service until SIGINT or SIGTERM; calls `on_ready` with its address, and those of its metrics, once it
+    takes requests.
 
     Raises LorafleetError, one sentence, when it cannot start. Call it from the main thread.
     """
@@ -52,7 +54,7 @@ def serve_forever(settings: ServeSettings, *, on_ready: Callable[[str], None]) -
         signal.signal(number, lambda *_: stop.set())
     try:
         with running_service(settings, stop) as address:
-            on_ready(address)
+            on_ready(address, metrics_urls())
             stop.wait()
     except Stopped:
         return
@@ -69,6 +71,8 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
     """
     stop = stop or threading.Event()
     check_port(settings.host, settings.port)
+    if settings.metrics_port is not None:
+        check_port(LOOPBACK, settings.metrics_port, "metrics_port")
     find_base(settings.base)
     with _ray(settings):
         _check(stop)
@@ -83,7 +87,18 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
                 serve.delete(APP_NAME)
 
 
-def check_port(host: str, port: int) -> None:
+def metrics_urls() -> list[str]:
+    """Where Prometheus finds the measurements of the Ray that this process is connected to, one address per node."""
+    import ray
+
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["MetricsExportPort"] > 0
+    ]
+
+
+def check_port(host: str, port: int, param: str = "port") -> None:
     """Raises ConfigError unless this process could listen there: Serve would share the port (SO_REUSEPORT)."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -94,7 +109,9 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"port {port} is in use on {host}: stop what uses it or pass --port", param="port"
+                f"port {port} is in use on {host}: stop what uses it or "
+                + ("pass --port" if param == "port" else f"set another {param}"),
+                param=param,
             ) from None
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}", param="host") from None
 
@@ -124,6 +141,7 @@ def _ray(settings: ServeSettings) -> Iterator[None]:
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(settings.most_replicas * settings.replica_cpus + 1)),
                 include_dashboard=False,
+                _metrics_export_port=settings.metrics_port,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(temp_dir),
                 **quiet,

@@ -1,6 +1,7 @@
 """One service for the whole session: real Ray, real HTTP, the embedded base."""
 
 import contextlib
+import os
 import random
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.launch import running_service
 
+RAY_REPORTS_EVERY_MS = "RAY_metrics_report_interval_ms"
 SETTINGS = {"max_queued": 2, "request_timeout_s": 15.0, "replica_cpus": 0.2, "max_body_bytes": 100_000}
 
 
@@ -44,8 +46,14 @@ def jobs(free_port: Callable[[], int]) -> Iterator[dict[str, object]]:
 
 
 @pytest.fixture(scope="session")
-def service_url(free_port: Callable[[], int], jobs: dict[str, object]) -> Iterator[str]:
-    own = {"port": free_port(), "base": {"device": "cpu"}, "jobs": jobs}
+def metrics_port(free_port: Callable[[], int]) -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def service_url(free_port: Callable[[], int], metrics_port: int, jobs: dict[str, object]) -> Iterator[str]:
+    os.environ[RAY_REPORTS_EVERY_MS] = "1000"  # instead of 10000; less it cannot be
+    own = {"port": free_port(), "metrics_port": metrics_port, "base": {"device": "cpu"}, "jobs": jobs}
     settings = ServeSettings.model_validate({**SETTINGS, **own})
     with running_service(settings) as address:
         yield address

@@ -40,14 +40,16 @@ class _Ending:
     failure: str | None = None
     rejection: str | None = None
     is_answered: bool = False
+    has_left: bool = False
 
 
 _ending: ContextVar[_Ending | None] = ContextVar("ending", default=None)
 
 
 def note_failure(error: Exception, status: int, code: str) -> None:
-    """What the request that is being answered fails with, be it told inside a stream; nothing outside of one."""
-    if (ending := _ending.get()) is not None:
+    """What the request that is being answered fails with, be it told inside a stream; nothing outside of one, nor when
+    the client has left, which calls the work off."""
+    if (ending := _ending.get()) is not None and not ending.has_left:
         ending.status, ending.failure = status, code
         ending.rejection = error.reason if isinstance(error, Overloaded) else None
 
@@ -97,15 +99,21 @@ class Edge:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 ending.is_answered = True
 
+        async def receive_and_note() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not ending.is_answered:
+                ending.has_left = True
+            return message
+
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive_and_note, send_with_id)
         except ClientDisconnect:
             return
         except Exception as error:  # the process edge: the caller gets an answer, the service stays
             response = self._on_error(error)
             if has_started:
                 raise
-            await response(scope, receive, send_with_id)
+            await response(scope, receive_and_note, send_with_id)
 
     def _count_in_flight(self, change: int) -> None:
         self._in_flight += change

@@ -51,13 +51,13 @@ def scrape(service_url: str, metrics_port: int) -> Scrape:
 
 
 @pytest.fixture(scope="module")
-def pushed(service_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """An adapter's name and the first digits of its version."""
+def pushed(service_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, int]:
+    """An adapter's name, the first digits of its version, and its bytes."""
     targets = base_targets(BaseConfig())
     file = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
     write_adapter(random_adapter(targets, 0, modules=r"unet\.mid.+attn1.+"), file)
     manifest = open_registry(RegistryConfig()).push("measured", file, check_against(targets))
-    return "measured", manifest.version[:12]
+    return "measured", manifest.version[:12], manifest.size_bytes
 
 
 def settled(scrape: Scrape, before: Samples, expected: Mapping[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
@@ -90,8 +90,8 @@ def quiet(scrape: Scrape) -> Samples:
     raise AssertionError("the service does not come to rest")
 
 
-def test_what_requests_do_is_counted(http: httpx.Client, scrape: Scrape, pushed: tuple[str, str]) -> None:
-    name, version = pushed
+def test_what_requests_do_is_counted(http: httpx.Client, scrape: Scrape, pushed: tuple[str, str, int]) -> None:
+    name, version, size = pushed
     before = quiet(scrape)
     adapted = {**APPLE, "steps": 3, "num_images": 2, "adapters": [{"name": name}]}
     cacheable = {**APPLE, "seed": time.time_ns() % 2**32}
@@ -140,6 +140,7 @@ def test_what_requests_do_is_counted(http: httpx.Client, scrape: Scrape, pushed:
             series("router_choices_total", choice="cold"): 1,
             series("router_choices_total", choice="slot"): 1,
             series("replica_download_seconds_count", result="ok"): 1,
+            series("replica_download_bytes_total"): size,
             series("engine_images_total", outcome="ok"): 2 + 2 + 1 + 1,
             series("engine_images_total", outcome="cancelled"): 4 + 8,
             series("engine_stage_seconds_count", stage="denoise"): 6,
@@ -154,7 +155,9 @@ def test_what_requests_do_is_counted(http: httpx.Client, scrape: Scrape, pushed:
     )
 
 
-def test_gauges_stay_and_everything_is_as_declared(http: httpx.Client, scrape: Scrape, pushed: tuple[str, str]) -> None:
+def test_gauges_stay_and_everything_is_as_declared(
+    http: httpx.Client, scrape: Scrape, pushed: tuple[str, str, int]
+) -> None:
     time.sleep(4)  # longer than Ray keeps a gauge that nobody sets
     samples = scrape()
     assert samples.sum("replica_ready", replica="0") == 1

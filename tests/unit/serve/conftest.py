@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from lorafleet.core.metrics import Metric, Recorder
 from lorafleet.sdxl.base import Base, load_base
 from lorafleet.sdxl.config import BaseConfig
 from lorafleet.serve.api import create_app
@@ -17,6 +19,36 @@ from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
 from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.work import Work
+
+
+class Kept:
+    """A Recorder that keeps what it gets, by a metric and its labels' values in the declared order."""
+
+    def __init__(self) -> None:
+        self.counters = Counter[tuple[str, ...]]()
+        self.gauges: dict[tuple[str, ...], float] = {}
+        self.observed: dict[tuple[str, ...], list[float]] = {}
+
+    def add(self, metric: Metric, amount: float = 1.0, **labels: str) -> None:
+        if amount:
+            self.counters[self._key(metric, "counter", labels)] += amount  # type: ignore[assignment] # may be a float
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        self.gauges[self._key(metric, "gauge", labels)] = value
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        self.observed.setdefault(self._key(metric, "histogram", labels), []).append(value)
+
+    @staticmethod
+    def _key(metric: Metric, kind: str, labels: dict[str, str]) -> tuple[str, ...]:
+        assert metric.kind == kind
+        assert labels.keys() == set(metric.labels)
+        return (metric.name.removeprefix("lorafleet_"), *(labels[label] for label in metric.labels))
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
 
 
 class LocalBackend:
@@ -55,10 +87,10 @@ def running_pipeline() -> Iterator[Pipeline]:
 
 @pytest.fixture
 def make_app(running_pipeline: Pipeline) -> Callable[..., FastAPI]:
-    def make(**settings: object) -> FastAPI:
+    def make(recorder: Recorder | None = None, **settings: object) -> FastAPI:
         """Without a cache, unless it is set: what a test asks for is made."""
         settings = {"cache": {"max_bytes": 0}, **settings}
-        return create_app(ServeSettings.model_validate(settings), LocalBackend(running_pipeline))
+        return create_app(ServeSettings.model_validate(settings), LocalBackend(running_pipeline), recorder=recorder)
 
     return make
 

@@ -14,7 +14,9 @@ LorafleetError
 ├── AdapterTooLarge        an adapter file is above the registry's limit     (HTTP 413)
 ├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
 ├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
-├── StorageUnavailable     the adapter registry cannot be reached or used    (HTTP 503)
+├── StorageUnavailable     a registry, source or disk cannot be used         (HTTP 503)
+├── DataNotFound           there are no pictures to train on                 (exit code 1)
+├── DataUnreadable         a picture, caption or cache is missing or damaged (exit code 1)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
@@ -131,9 +133,21 @@ class AdapterIncompatible(LorafleetError):
 
 
 class StorageUnavailable(LorafleetError):
-    """Where adapters are stored does not answer, refuses, is full or is not there."""
+    """Where adapters or pictures are stored, or are to be, does not answer, refuses, is full or is not there."""
 
     code = "storage_unavailable"
+
+
+class DataNotFound(LorafleetError):
+    """Nothing under the given path or URL, or nothing that one could train on."""
+
+    code = "data_not_found"
+
+
+class DataUnreadable(LorafleetError):
+    """A picture, its caption, or what was computed from them is missing, damaged or too large; the message names it."""
+
+    code = "data_unreadable"
 
 
 class Overloaded(LorafleetError):

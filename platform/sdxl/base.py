@@ -117,13 +117,7 @@ def _read_pipeline(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -
             config.id,
         )
     try:
-        vae = AutoencoderKL.from_pretrained(
-            folder.parts["vae"],
-            dtype=vae_dtype,
-            variant=None if config.vae else config.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        vae = read_vae(config, folder, vae_dtype)
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder.root,
             vae=vae,
@@ -143,6 +137,17 @@ def _read_pipeline(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -
     ):
         tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return pipeline
+
+
+def read_vae(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -> AutoencoderKL:
+    """The base's VAE alone, in eval mode on the CPU. Raises whatever a damaged folder makes diffusers raise."""
+    return AutoencoderKL.from_pretrained(
+        folder.parts["vae"],
+        dtype=dtype,
+        variant=None if config.vae else config.variant,
+        use_safetensors=True,
+        local_files_only=True,
+    )
 
 
 def _limits(pipeline: StableDiffusionXLPipeline) -> BaseLimits:

@@ -48,7 +48,7 @@ def make_buckets(config: DataConfig, limits: BaseLimits) -> tuple[Size, ...]:
     if not sizes:
         raise ConfigError(
             f"no picture of {side}x{side} pixels in steps of {step} suits this base, whose sides are multiples "
-            f"of {limits.grid_px} from {limits.min_side_px} to {limits.max_side_px}: set data.resolution_px or leave it out.",
+            f"of {limits.grid_px} from {limits.min_side_px} to {limits.max_side_px}: change data.resolution_px.",
             param="data.resolution_px",
         )
     return tuple(sorted(sizes))

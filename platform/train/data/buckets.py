@@ -25,7 +25,7 @@ class Crop:
 
 
 def make_buckets(config: DataConfig, limits: BaseLimits) -> tuple[Size, ...]:
-    """Sizes of about the resolution's area, sorted; each the largest for its width that does not exceed the area.
+    """Sizes of about the resolution's area, sorted: for each side the longest other one that does not exceed the area.
 
     Raises ConfigError where the base cannot draw any.
     """
@@ -44,7 +44,7 @@ def make_buckets(config: DataConfig, limits: BaseLimits) -> tuple[Size, ...]:
         height = area // width // step * step
         is_wanted = height and max(width, height) <= config.max_aspect * min(width, height)
         if is_wanted and min(width, height) >= limits.min_side_px and max(width, height) <= limits.max_side_px:
-            sizes.add((width, height))
+            sizes |= {(width, height), (height, width)}
     if not sizes:
         raise ConfigError(
             f"no picture of {side}x{side} pixels in steps of {step} suits this base, whose sides are multiples "

@@ -13,6 +13,7 @@ own form. No emoji of `held_out` is in `train`.
 import io
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def captions(emoji: Emoji, colour: str, chance: random.Random) -> list[str]:
 
 def build(style_name: str, package: Path, out: Path) -> None:
     style, chance = STYLES[style_name], random.Random("fluent")  # noqa: S311 # guards nothing
-    names = [emoji for emoji in read_names() if emoji.group in GROUPS and not set(emoji.name.split()) & AVOIDED]
+    names = [
+        emoji for emoji in read_names() if emoji.group in GROUPS and not set(re.split("[ -]", emoji.name)) & AVOIDED
+    ]
     chance.shuffle(names)
     drawable = ((emoji, drawing) for emoji in names if (drawing := style.open_emoji(package, emoji.codepoint)))
     for part, count in (("train", TRAIN_A_COLOUR), ("held_out", HELD_OUT_A_COLOUR)):

@@ -60,7 +60,8 @@ def load_base(config: BaseConfig) -> Base:
     device = resolve_device(config.device)
     dtype = _resolve_dtype(config, device)
     pipeline = _read_pipeline(config, folder, dtype)
-    limits = _limits(pipeline)
+    window = min(pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length)
+    limits = BaseLimits.of_configs(pipeline.unet.config, pipeline.vae.config, window)
     _set_memory_profile(pipeline, config, device)
     _set_attention(pipeline, config, device)
     return Base(
@@ -147,19 +148,6 @@ def read_vae(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -> Auto
         variant=None if config.vae else config.variant,
         use_safetensors=True,
         local_files_only=True,
-    )
-
-
-def _limits(pipeline: StableDiffusionXLPipeline) -> BaseLimits:
-    factor = pipeline.vae_scale_factor
-    sample_size = pipeline.unet.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    halvings = len(pipeline.unet.config.block_out_channels) - 1
-    return BaseLimits.of(
-        default_width_px=width * factor,
-        default_height_px=height * factor,
-        grid_px=factor * 2**halvings,
-        max_prompt_tokens=min(pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length),
     )
 
 

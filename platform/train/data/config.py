@@ -4,6 +4,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorafleet.sdxl.config import BaseConfig
+
 
 class DataConfig(BaseModel):
     """Pictures and captions. Everything but `endpoint_url` and `validation_share` shapes the cache."""
@@ -66,3 +68,12 @@ class DataConfig(BaseModel):
         if self.part_dropout > 0 and self.caption_variants == 1:
             raise ValueError("data.part_dropout needs further wordings: set data.caption_variants to 2 or more")
         return self
+
+
+class InspectSettings(BaseModel):
+    """What of a training run's settings decides how its pictures are seen; other sections are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    base: BaseConfig = BaseConfig()
+    data: DataConfig = DataConfig()

@@ -1,6 +1,7 @@
 """The cache made by many machines: Ray Data runs the encoders, this process puts their results in order.
 
-Needs a Ray that is initialised, and pictures and base model where every node reaches them.
+Needs a Ray that is initialised, and pictures and base model where every node reaches them. Ray is imported when it is
+used: it reads its settings from the environment at that moment, and whoever starts it sets them before.
 """
 
 import math
@@ -8,9 +9,6 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from lorafleet.core.errors import LorafleetError
 from lorafleet.sdxl.config import BaseConfig
@@ -22,6 +20,8 @@ from lorafleet.train.data.source import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import ray
+    from ray.data import Dataset
 
 TASKS_A_BATCH: Final = 8
 
@@ -42,6 +42,9 @@ def encode_with_ray(
     `cache_dir` is written by this process alone; where training runs on other nodes it must be a folder that they
     mount. Raises what `encode_set` does, and what loading the base does.
     """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
     ask = ray.remote(num_cpus=cpus_per_actor, num_gpus=gpus_per_actor)(_facts_of)
     facts = ray.get(ask.remote(base))
     if isinstance(facts, LorafleetError):
@@ -78,7 +81,7 @@ def _facts_of(base: BaseConfig) -> BaseFacts | LorafleetError:
         return error
 
 
-def _results(batches: Dataset) -> Iterator[bytes]:
+def _results(batches: "Dataset") -> Iterator[bytes]:
     """Of task 0, 1, ... Raises what a task raised."""
     for task, row in enumerate(batches.iter_rows()):
         assert row["id"] == task, "the order is preserved"
@@ -91,6 +94,7 @@ class _Worker:
     """One process with its encoder."""
 
     def __init__(self, plan: "ray.ObjectRef[Plan]", base: BaseConfig, config: DataConfig) -> None:
+        import ray
         import torch
 
         from lorafleet.sdxl.base import load_base

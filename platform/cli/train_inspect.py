@@ -46,7 +46,7 @@ def inspect(
     """
     from lorafleet.sdxl.counting import read_counter
     from lorafleet.sdxl.folder import find_base
-    from lorafleet.train.data.contact_sheet import TILE_PX, contact_sheet
+    from lorafleet.train.data.contact_sheet import MAX_TILES, TILE_PX, contact_sheet
     from lorafleet.train.data.inspection import inspect as look
     from lorafleet.train.data.source import open_source
 
@@ -60,6 +60,7 @@ def inspect(
             counter.limits,
             counter.count,
             workers=os.cpu_count() or 1,
+            tiles=MAX_TILES,
             tile_px=TILE_PX,
             on_progress=on_progress,
         )

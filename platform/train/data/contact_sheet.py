@@ -1,11 +1,10 @@
 """A picture of pictures: what training sees of a set, with captions beneath, problems marked."""
 
-from collections.abc import Sequence
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lorafleet.train.data.inspection import Inspection, Seen
+from lorafleet.train.data.inspection import Inspection
 
 TILE_PX: Final = 160
 MARGIN_PX: Final = 8
@@ -17,8 +16,8 @@ BACKGROUND, INK, FAINT, PROBLEM = "#ffffff", "#202124", "#70757a", "#c5221f"
 
 
 def contact_sheet(found: Inspection) -> Image.Image:
-    """RGB: up to 96 pictures, evenly spread over the set, each as its bucket cuts it out."""
-    shown = _spread(found.seen, MAX_TILES)
+    """RGB: the pictures that have a tile, each as its bucket cuts it out."""
+    shown = [(each, each.tile) for each in found.seen if each.tile is not None]
     columns = min(COLUMNS, max(1, len(shown)))
     rows = -(-len(shown) // columns)
     cell = (TILE_PX + 2 * MARGIN_PX, TILE_PX + 2 * MARGIN_PX + (TEXT_LINES + 1) * (TEXT_PX + 3))
@@ -28,10 +27,9 @@ def contact_sheet(found: Inspection) -> Image.Image:
     font = ImageFont.load_default(TEXT_PX)
     title = f"{len(shown)} of {len(found.seen)} pictures, {len(found.bad)} bad"
     draw.text((MARGIN_PX, MARGIN_PX), _fitting(draw, title, font, sheet.width - 2 * MARGIN_PX), INK, font)
-    for number, each in enumerate(shown):
+    for number, (each, tile) in enumerate(shown):
         left = number % columns * cell[0] + MARGIN_PX
         top = header + number // columns * cell[1]
-        tile = each.tile
         place = (left + (TILE_PX - tile.width) // 2, top + (TILE_PX - tile.height) // 2)
         sheet.paste(tile, place)
         draw.rectangle((*place, place[0] + tile.width - 1, place[1] + tile.height - 1), outline=FAINT)
@@ -43,12 +41,6 @@ def contact_sheet(found: Inspection) -> Image.Image:
             line += TEXT_PX + 3
             draw.text((left, line), text, INK, font)
     return sheet
-
-
-def _spread(seen: Sequence[Seen], count: int) -> list[Seen]:
-    if len(seen) <= count:
-        return list(seen)
-    return [seen[number * len(seen) // count] for number in range(count)]
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:

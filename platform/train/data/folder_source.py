@@ -38,12 +38,11 @@ class FolderSource(Source):
             raise DataUnreadable(f"{self.url} has both {' and '.join(METADATA)}: keep one of them.", param="data")
         captions = self._from_rows(metadata[0]) if metadata else self._from_text_files(pictures)
         where = f"a row of {metadata[0]}" if metadata else "a .txt file of the same name"
-        items = []
-        for name in pictures:
-            if not captions.get(name):
-                raise DataUnreadable(f"{name} has no caption: give it one in {where}.", param="data")
-            items.append(Item(name, tuple(captions[name]), partial(self._files.read, name)))
-        return items
+        without = [name for name in pictures if not captions.get(name)]
+        if without:
+            others = f", like {len(without) - 1} others," if len(without) > 1 else ""
+            raise DataUnreadable(f"{without[0]}{others} has no caption: give it one in {where}.", param="data")
+        return [Item(name, tuple(captions[name]), partial(self._files.read, name)) for name in pictures]
 
     def _from_text_files(self, pictures: Sequence[str]) -> Mapping[str, Sequence[str]]:
         """Each line is a caption."""

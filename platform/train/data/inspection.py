@@ -47,7 +47,7 @@ class Seen:
     is_enlarged: bool
     look: int
     thumbnail: npt.NDArray[np.uint8]
-    tile: Image.Image
+    tile: Image.Image | None
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,13 @@ def inspect(
     count_tokens: CountTokens,
     *,
     workers: int,
+    tiles: int,
     tile_px: int,
     on_progress: OnProgress | None = None,
 ) -> Inspection:
     """Decodes every picture. What `encode_set` would stop at is collected, as far as a source can tell its pictures.
+
+    `tiles`: of how many pictures, evenly spread, a tile is kept. `workers`: threads.
 
     Raises DataNotFound, DataUnreadable for captions, ConfigError or StorageUnavailable.
     """
@@ -122,8 +125,10 @@ def inspect(
     seen: list[Seen] = []
     bad: list[Bad] = []
     with ThreadPoolExecutor(workers) as pool:
+        shown = {number * len(items) // tiles for number in range(tiles)}
+        sides = [tile_px if index in shown or len(items) <= tiles else None for index in range(len(items))]
         try:
-            looked = pool.map(lambda item: _look(item, config, buckets, tile_px), items)
+            looked = pool.map(lambda item, side: _look(item, config, buckets, side), items, sides)
             for number, found in enumerate(looked, 1):
                 (seen if isinstance(found, Seen) else bad).append(found)  # type: ignore[arg-type]
                 if on_progress is not None:
@@ -146,7 +151,7 @@ def inspect(
     )
 
 
-def _look(item: Item, config: DataConfig, buckets: tuple[Size, ...], tile_px: int) -> Seen | Bad:
+def _look(item: Item, config: DataConfig, buckets: tuple[Size, ...], tile_px: int | None) -> Seen | Bad:
     try:
         data = item.read()
         image = on_white(decode(data, config.max_pixels))
@@ -157,8 +162,10 @@ def _look(item: Item, config: DataConfig, buckets: tuple[Size, ...], tile_px: in
     sha256 = hashlib.sha256(data).hexdigest()
     bucket = choose_bucket(image.size, buckets)
     crop = plan_crops(sha256, image.size, bucket, config)[0]
-    tile = cut(image, crop, bucket, flip=False)
-    tile.thumbnail((tile_px, tile_px))
+    tile = None
+    if tile_px is not None:
+        tile = cut(image, crop, bucket, flip=False)
+        tile.thumbnail((tile_px, tile_px))
     return Seen(
         key=item.key,
         captions=item.captions,
@@ -195,6 +202,8 @@ def _alike(pictures: Sequence[Seen]) -> list[list[str]]:
         return index
 
     for one, other in _candidates([each.look for each in pictures]):
+        if root(one) == root(other):
+            continue
         first, second = (pictures[index].thumbnail.astype(np.float64) for index in (one, other))
         if np.abs(first - second).mean() <= MAX_THUMBNAIL_OFF:
             parent[root(other)] = root(one)

@@ -104,6 +104,16 @@ def test_a_cut_picture_s_latents_are_of_what_micro_says(folder: Path, emojixl: B
     torch.testing.assert_close(mean, expected.mean[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_in_bfloat16_still_has_latents_in_full_precision(folder: Path, emojixl: Base) -> None:
+    rough = load_base(BaseConfig(device="cpu", dtype="bfloat16"))
+    fine, found = run(folder, emojixl, PLAIN), run(folder, rough, PLAIN)
+    assert found.fingerprint != fine.fingerprint
+    assert found.text(0).prompt_embeds.dtype == torch.bfloat16
+    torch.testing.assert_close(found.text(0).pooled.float(), fine.text(0).pooled, rtol=0.1, atol=0.1)
+    assert torch.equal(found.latents(0).mean, fine.latents(0).mean)
+    assert torch.equal(found.tokens(0)[1], fine.tokens(0)[1])
+
+
 def test_turned_and_transparent_pictures(make_pictures: Callable[..., Path], emojixl: Base) -> None:
     folder = make_pictures(((128, 96),) * 2)
     with Image.open(folder / "0.png") as image:

@@ -122,6 +122,7 @@ BAD: dict[str, tuple[dict[str, bytes | str], str]] = {
     "empty": ({"LICENSE": "x"}, "holds no pictures: put PNG, JPEG or WebP files there with captions"),
     "mixed": ({"a.png": png(), "x.tar": b""}, "holds webdataset tars and pictures: keep one kind in it"),
     "no sidecar": ({"a.png": png()}, "a.png has no caption: give it one in a .txt file of the same name"),
+    "no sidecars": ({"a.png": png(), "b.png": png(), "c.png": png()}, "a.png, like 2 others, has no caption"),
     "empty sidecar": ({"a.png": png(), "a.txt": " \n"}, "a.png has no caption: give it one in a .txt file"),
     "Latin-1": ({"a.png": png(), "a.txt": b"caf\xe9"}, "a.txt is not UTF-8 text"),
     "not in metadata": (

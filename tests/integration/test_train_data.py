@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from lorafleet.core.errors import DataNotFound, DataUnreadable, LorafleetError
+from lorafleet.core.errors import BaseNotFound, DataNotFound, DataUnreadable, LorafleetError
 from lorafleet.sdxl.base import load_base
 from lorafleet.sdxl.config import BaseConfig
 from lorafleet.train.data import DataConfig, encode_set, open_source
@@ -56,6 +56,8 @@ def test_ray_writes_the_bytes_that_one_process_writes(
         DataUnreadable, match=r"the picture a\.png must be a whole PNG, JPEG or WebP picture: replace it"
     ):
         encode_with_ray(bad, BASE, DataConfig(validation_share=0), tmp_path / "ray", cpus_per_actor=0.5)
+    with pytest.raises(BaseNotFound, match="no base model folder /nowhere"):
+        encode_with_ray(source, BaseConfig(id="/nowhere"), CONFIG, tmp_path / "ray", cpus_per_actor=0.5)
     assert [path.name for path in (tmp_path / "ray").iterdir()] == [by_ray.fingerprint]
 
 

@@ -1,7 +1,6 @@
 """Picture files from outside: checked before they are decoded, turned upright."""
 
 import io
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -48,10 +47,8 @@ def on_white(image: Image.Image) -> Image.Image:
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     too_large = f"must have at most {max_pixels} pixels"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
         raise BadPicture(too_large) from None
     except Exception as error:  # a hostile file raises whatever its reader did not think of
         raise BadPicture(SPOILED) from error

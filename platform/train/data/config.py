@@ -32,7 +32,7 @@ class DataConfig(BaseModel):
         default=2.0, ge=1, le=4, description="long side over short side of the longest bucket; 1: squares only"
     )
     max_pixels: int = Field(
-        default=16_000_000, ge=4096, le=200_000_000, description="pixels of a picture; a larger one is refused"
+        default=16_000_000, ge=4096, le=178_000_000, description="pixels of a picture; a larger one is refused"
     )
     crops: int = Field(
         default=1, ge=1, le=64, description="croppings kept of each picture: its middle, then places drawn by chance"

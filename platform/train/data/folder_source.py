@@ -24,7 +24,10 @@ METADATA: Final = ("metadata.jsonl", "metadata.csv")
 
 
 class FolderSource(Source):
-    """Files below the folder, those in folders of it too. A picture that several rows name has several captions."""
+    """Files below the folder, those in folders of it too; the metadata file lies in the folder itself.
+
+    A picture that several rows name has several captions.
+    """
 
     def __init__(self, files: Files, names: Sequence[str]) -> None:
         self.url = files.url

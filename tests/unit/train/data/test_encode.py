@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -297,6 +299,19 @@ def test_a_folder_that_may_not_be_made_is_one_sentence(folder: Path, emojixl: Ba
     (folder.parent / "cache").write_text("a file")
     with pytest.raises(LorafleetError, match=r"the cache .*cache cannot be used \(.*\)"):
         run(folder, emojixl, PLAIN)
+
+
+def test_what_a_killed_run_left_goes_after_a_day(folder: Path, emojixl: Base) -> None:
+    old, young = (folder.parent / "cache" / f".unfinished-{name}" for name in ("old", "young"))
+    for left in (old, young):
+        left.mkdir(parents=True)
+        (left / "latents.bin").write_bytes(b"x")
+    yesterday = time.time() - 25 * 3600
+    for path in (old / "latents.bin", old):
+        os.utime(path, (yesterday, yesterday))
+    run(folder, emojixl, PLAIN)
+    assert not old.exists()
+    assert young.exists()  # perhaps another process's, at work
 
 
 def test_the_cache_is_plain_numbers(folder: Path, emojixl: Base) -> None:

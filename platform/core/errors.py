@@ -21,7 +21,10 @@ LorafleetError
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
-└── GenerationFailed       the model produced no usable image                (HTTP 500)
+├── GenerationFailed       the model produced no usable image                (HTTP 500)
+├── CheckpointMismatch     a checkpoint was made by another run              (exit code 1)
+└── TrainingFailed         a run cannot go on                                (exit code 1)
+    └── TrainingStopped    a run was asked to stop, and can go on            (exit code 130)
 
 Each class carries a stable `code` for machines; the message is one sentence for people that names the field
 and the fix. HTTP statuses are chosen in one place, `lorafleet.serve.api`.
@@ -189,6 +192,24 @@ class GenerationFailed(LorafleetError):
     """The model produced no usable image (non-finite values, out of memory)."""
 
     code = "generation_failed"
+
+
+class CheckpointMismatch(LorafleetError):
+    """A checkpoint was made with other settings, another base or other data; the message names which."""
+
+    code = "checkpoint_mismatch"
+
+
+class TrainingFailed(LorafleetError):
+    """A training run cannot go on: its numbers are none, its disk is full, its workers keep dying."""
+
+    code = "training_failed"
+
+
+class TrainingStopped(TrainingFailed):
+    """A run was asked to stop; its state is in a checkpoint."""
+
+    code = "training_stopped"
 
 
 def by_code() -> dict[str, type[LorafleetError]]:

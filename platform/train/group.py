@@ -42,20 +42,27 @@ class Group:
 def joined(device: torch.device, timeout_s: float) -> Iterator[Group]:
     """The group that Ray Train has set up, else torchrun's, else this process alone.
 
-    `device` is what the settings ask for; each worker of a machine gets a GPU of its own where they say CUDA.
+    `device`: this worker's own, see `own_device`.
     """
     starts = not dist.is_initialized() and dist.is_torchelastic_launched()
     if starts:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
-            torch.cuda.set_device(dist.get_node_local_rank())
+            torch.cuda.set_device(device)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         if dist.is_initialized():
-            own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
-            yield Group(dist.get_rank(), dist.get_world_size(), own)
+            yield Group(dist.get_rank(), dist.get_world_size(), device)
         else:
             yield Group(0, 1, device)
     finally:
         if starts:
             dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """The setting `base.device` of this worker: under torchrun each of a machine's takes a GPU of its own. Ray shows
+    each worker one GPU only."""
+    if name in ("auto", "cuda") and dist.is_torchelastic_launched() and torch.cuda.is_available():
+        return f"cuda:{dist.get_node_local_rank()}"
+    return name

@@ -34,7 +34,7 @@ from lorafleet.train.adapter import attach, parameter_table, write_dora
 from lorafleet.train.checkpoint import Checkpoints, Snapshot
 from lorafleet.train.config import TrainConfig
 from lorafleet.train.data import EncodedSet, encode_set, open_source
-from lorafleet.train.group import Group, joined
+from lorafleet.train.group import Group, joined, own_device
 from lorafleet.train.loop import Trainer, fit
 from lorafleet.train.metrics import ray_metrics, served_metrics
 from lorafleet.train.recorder import Recorder
@@ -254,7 +254,8 @@ def _train_under_torchrun(
     config: TrainConfig, data_url: str, name: str, folder: Path, resumes: bool, exports_kohya: bool
 ) -> Result:
     """Each of torchrun's processes is a worker; the first one prepares and finishes for all."""
-    base = load_base(config.base)
+    device = own_device(config.base.device)
+    base = load_base(config.base.model_copy(update={"device": device}))
     with joined(base.device, config.run.timeout_s) as group:
         problem: Exception | None = None
         path: Path | None = None

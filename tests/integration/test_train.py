@@ -127,6 +127,7 @@ def test_a_killed_run_goes_on_where_it_was_and_changes_no_byte(runs: Runs) -> No
     assert runs.adapter("hard") == runs.adapter("calm")
 
 
+@pytest.mark.nightly
 def test_two_workers_of_torchrun_see_what_one_sees(runs: Runs) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python")
     runs.run("torc", before=torchrun)

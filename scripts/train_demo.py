@@ -59,14 +59,12 @@ def main() -> None:
     (given.out / "results.json").write_text(
         json.dumps({"seconds": round(seconds, 1), "training_seconds": round(trained_s, 1), **results}, indent=1)
     )
-    print(f"{'adapter':<16}{'style score':>32}{'CLIP score of the prompts':>34}{'of real pictures':>18}")
+    print(f"{'adapter':<16}{'style score':>34}{'CLIP score of the prompts':>38}{'of real pictures':>20}")
     for style, found in results.items():
         for weight in WEIGHTS:
             row = found[str(weight)]
-            print(
-                f"{style}:{weight:<{15 - len(style)}}{spelled(row['style']):>32}{spelled(row['clip']):>34}"
-                f"{found['real_clip']:>18.1f}"
-            )
+            name = f"{style}:{weight}"
+            print(f"{name:<16}{spelled(row['style']):>34}{spelled(row['clip']):>38}{found['real_clip']:>20.1f}")
     print(f"{seconds:.0f} s, of which training {trained_s:.0f} s; {given.out}")
     failed = [style for style, found in results.items() if not was_learnt(found, MAX_CLIP_FALL[style])]
     if failed:

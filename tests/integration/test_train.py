@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-STEPS = 24
+STEPS = 18
 SETTINGS = {
     "base.device": "cpu",
     "loop.steps": STEPS,
@@ -24,7 +24,7 @@ SETTINGS = {
     "optimizer.warmup_steps": 2,
     "optimizer.lr": 1e-3,
     "checkpoint.every_steps": 5,
-    "validation.every_steps": 12,
+    "validation.every_steps": 9,
     "data.validation_share": 0.3,
 }
 LIMIT_S = 120
@@ -117,6 +117,7 @@ def test_a_killed_ray_worker_changes_no_byte(runs: Runs) -> None:
     assert runs.adapter("kill") == runs.adapter("calm")
 
 
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_where_it_was_and_changes_no_byte(runs: Runs) -> None:
     process = runs.start("hard")
     runs.wait_for_step("hard", 8, process)
@@ -135,6 +136,7 @@ def test_two_workers_of_torchrun_see_what_one_sees(runs: Runs) -> None:
     assert runs.adapter("torc") == runs.adapter("calm")
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(runs: Runs) -> None:
     process = runs.start("soft")
     runs.wait_for_step("soft", 6, process)

@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke test nightly check bench bench-http clean
+.PHONY: help run smoke train-demo test nightly check bench bench-http bench-train clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ run: .venv/serve ## start the service in the foreground, http://127.0.0.1:8000 (
 
 smoke: .venv/serve ## start the service, make out/*.png with the command line, stop it
 	$(BIN)/python scripts/smoke.py
+
+train-demo: .venv/train ## train the two sample styles and measure what they learnt, out/train-demo; twelve minutes
+	PYTHONPATH=scripts $(BIN)/python scripts/train_demo.py $(ARGS)
 
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +41,9 @@ bench: .venv/serve ## images per second and latency of diffusers and our engine,
 bench-http: .venv/serve ## requests per second and latency, in one process and over HTTP
 	PYTHONPATH=scripts $(BIN)/python loadtests/http_bench.py $(ARGS)
 
+bench-train: .venv/train ## images per second and memory of training, beside a loop as in diffusers' script; for GPUs
+	PYTHONPATH=loadtests $(BIN)/python loadtests/train_bench.py $(ARGS)
+
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -54,6 +60,10 @@ clean: ## remove what these targets made
 	$(PIP) --editable '.[serve]'
 	@touch $@
 
+.venv/train: .venv/serve
+	$(PIP) --editable '.[serve,train]'
+	@touch $@
+
 .venv/dev: .venv/serve
-	$(PIP) --editable '.[serve,dev]'
+	$(PIP) --editable '.[serve,train,dev]'
 	@touch $@

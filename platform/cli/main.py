@@ -9,8 +9,9 @@ from lorafleet.cli.adapters import adapters
 from lorafleet.cli.doctor import doctor
 from lorafleet.cli.generate import generate
 from lorafleet.cli.serve import serve
+from lorafleet.cli.train import train
 from lorafleet.cli.version import version
-from lorafleet.core.errors import ConfigError, InvalidRequest, LorafleetError
+from lorafleet.core.errors import ConfigError, InvalidRequest, LorafleetError, TrainingStopped
 
 FAILED = 1
 BAD_USAGE = 2
@@ -18,7 +19,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="lorafleet",
-    help="Serve and use a fleet of LoRA adapters over one SDXL base model.",
+    help="Train, serve and use a fleet of LoRA adapters over one SDXL base model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (serve, generate, doctor, version):
     app.command()(command)
 app.add_typer(adapters, name="adapters")
+app.add_typer(train, name="train")
 
 
 def main() -> None:
@@ -40,6 +42,8 @@ def main() -> None:
         raise
     except (ConfigError, InvalidRequest) as error:
         _stop(error.message, BAD_USAGE)
+    except TrainingStopped as error:
+        _stop(error.message, INTERRUPTED)
     except LorafleetError as error:
         _stop(error.message, FAILED)
     except OSError as error:  # a full disk, a file that may not be written

@@ -14,12 +14,17 @@ LorafleetError
 ├── AdapterTooLarge        an adapter file is above the registry's limit     (HTTP 413)
 ├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
 ├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
-├── StorageUnavailable     the adapter registry cannot be reached or used    (HTTP 503)
+├── StorageUnavailable     a registry, source or disk cannot be used         (HTTP 503)
+├── DataNotFound           there are no pictures to train on                 (exit code 1)
+├── DataUnreadable         a picture, caption or cache is missing or damaged (exit code 1)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
-└── GenerationFailed       the model produced no usable image                (HTTP 500)
+├── GenerationFailed       the model produced no usable image                (HTTP 500)
+├── CheckpointMismatch     a checkpoint was made by another run              (exit code 1)
+└── TrainingFailed         a run cannot go on                                (exit code 1)
+    └── TrainingStopped    a run was asked to stop, and can go on            (exit code 130)
 
 Each class carries a stable `code` for machines; the message is one sentence for people that names the field
 and the fix. HTTP statuses are chosen in one place, `lorafleet.serve.api`.
@@ -131,9 +136,21 @@ class AdapterIncompatible(LorafleetError):
 
 
 class StorageUnavailable(LorafleetError):
-    """Where adapters are stored does not answer, refuses, is full or is not there."""
+    """Where adapters or pictures are stored, or are to be, does not answer, refuses, is full or is not there."""
 
     code = "storage_unavailable"
+
+
+class DataNotFound(LorafleetError):
+    """Nothing under the given path or URL, or nothing that one could train on."""
+
+    code = "data_not_found"
+
+
+class DataUnreadable(LorafleetError):
+    """A picture, its caption, or what was computed from them is missing, damaged or too large; the message names it."""
+
+    code = "data_unreadable"
 
 
 class Overloaded(LorafleetError):
@@ -175,6 +192,24 @@ class GenerationFailed(LorafleetError):
     """The model produced no usable image (non-finite values, out of memory)."""
 
     code = "generation_failed"
+
+
+class CheckpointMismatch(LorafleetError):
+    """A checkpoint was made with other settings, another base or other data; the message names which."""
+
+    code = "checkpoint_mismatch"
+
+
+class TrainingFailed(LorafleetError):
+    """A training run cannot go on: its numbers are none, its disk is full, its workers keep dying."""
+
+    code = "training_failed"
+
+
+class TrainingStopped(TrainingFailed):
+    """A run was asked to stop; its state is in a checkpoint."""
+
+    code = "training_stopped"
 
 
 def by_code() -> dict[str, type[LorafleetError]]:

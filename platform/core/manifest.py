@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.ranges import short
@@ -31,6 +40,22 @@ Shares = dict[str, float]
 """What an alias points at: versions with their shares of the requests, which sum to 1."""
 
 
+class TrainingFacts(BaseModel):
+    """How an adapter was trained; fields of later versions are skipped."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    base_id: str = Field(description="of the base, as its owner calls it")
+    base_revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    data_fingerprint: str = Field(description="sha256 over pictures, captions and what encoded them")
+    images: int = Field(ge=1, description="that it was trained on")
+    steps: int = Field(ge=1, description="of the optimizer, to the weights that were kept")
+    seconds: float = Field(ge=0, description="in these steps, validation left out")
+    validation_loss: float | None = Field(default=None, description="mean squared error on held-out images")
+    clip_score: float | None = Field(default=None, description="mean of the sample pictures and their prompts")
+    settings: dict[str, dict[str, JsonValue]] = Field(default={}, description="of training, by section")
+
+
 class AdapterFacts(BaseModel):
     """What the check of an adapter's file found; fields of later versions are skipped."""
 
@@ -47,6 +72,7 @@ class AdapterFacts(BaseModel):
         default=None, description="of the base it was trained on; left out where the file does not say"
     )
     fits_fingerprint: str = Field(description="of the base whose modules it was checked against")
+    training: TrainingFacts | None = Field(default=None, description="left out for what was trained elsewhere")
 
     @field_validator("trigger_words")
     @classmethod

@@ -28,12 +28,12 @@ class ObjectStorage(Storage):
         """
         self.url = url
         self._is_s3 = url.startswith(("s3://", "s3a://"))
-        options = _s3_options(endpoint_url) if self._is_s3 else {}
+        options = s3_options(endpoint_url) if self._is_s3 else {}
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **options)
             if self._is_s3:
                 self._fs.retries = 2  # botocore tries each twice: a registry that is down is known within seconds
-            self._errors = _errors(self._is_s3)
+            self._errors = errors_of(self._is_s3)
         except ImportError as error:
             hint = 'pip install "lorafleet[s3]"' if self._is_s3 else str(error)
             raise ConfigError(f"registry.url {url} needs a library: {hint}.", param="registry.url") from error
@@ -152,14 +152,15 @@ class ObjectStorage(Storage):
             yield
 
 
-def _s3_options(endpoint_url: str | None) -> dict[str, Any]:
+def s3_options(endpoint_url: str | None) -> dict[str, Any]:
+    """Of s3fs: a store that is down is known within seconds, and a listing is asked for anew."""
     retries = {"max_attempts": 2, "mode": "standard"}
     timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
     options: dict[str, Any] = {"use_listings_cache": False, "config_kwargs": {**timeouts, "retries": retries}}
     return options | ({"endpoint_url": endpoint_url} if endpoint_url else {})
 
 
-def _errors(is_s3: bool) -> tuple[type[Exception], ...]:
+def errors_of(is_s3: bool) -> tuple[type[Exception], ...]:
     """What a request may end with; OSError is what fsspec makes of an answer."""
     if not is_s3:
         return (OSError,)

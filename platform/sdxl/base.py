@@ -60,7 +60,8 @@ def load_base(config: BaseConfig) -> Base:
     device = resolve_device(config.device)
     dtype = _resolve_dtype(config, device)
     pipeline = _read_pipeline(config, folder, dtype)
-    limits = _limits(pipeline)
+    window = min(pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length)
+    limits = BaseLimits.of_configs(pipeline.unet.config, pipeline.vae.config, window)
     _set_memory_profile(pipeline, config, device)
     _set_attention(pipeline, config, device)
     return Base(
@@ -117,13 +118,7 @@ def _read_pipeline(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -
             config.id,
         )
     try:
-        vae = AutoencoderKL.from_pretrained(
-            folder.parts["vae"],
-            dtype=vae_dtype,
-            variant=None if config.vae else config.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        vae = read_vae(config, folder, vae_dtype)
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             folder.root,
             vae=vae,
@@ -145,16 +140,14 @@ def _read_pipeline(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -
     return pipeline
 
 
-def _limits(pipeline: StableDiffusionXLPipeline) -> BaseLimits:
-    factor = pipeline.vae_scale_factor
-    sample_size = pipeline.unet.config.sample_size
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    halvings = len(pipeline.unet.config.block_out_channels) - 1
-    return BaseLimits.of(
-        default_width_px=width * factor,
-        default_height_px=height * factor,
-        grid_px=factor * 2**halvings,
-        max_prompt_tokens=min(pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length),
+def read_vae(config: BaseConfig, folder: BaseFolder, dtype: torch.dtype) -> AutoencoderKL:
+    """The base's VAE alone, in eval mode on the CPU. Raises whatever a damaged folder makes diffusers raise."""
+    return AutoencoderKL.from_pretrained(
+        folder.parts["vae"],
+        dtype=dtype,
+        variant=None if config.vae else config.variant,
+        use_safetensors=True,
+        local_files_only=True,
     )
 
 

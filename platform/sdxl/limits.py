@@ -1,6 +1,8 @@
 """What one loaded base can draw: its sizes and its prompt window. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import MAX_SIDE_PX, MIN_SIDE_PX, GenerationRequest
@@ -37,6 +39,20 @@ class BaseLimits:
             min_side_px=-(-low // grid_px) * grid_px,
             max_side_px=high // grid_px * grid_px,
             max_pixels=max(default_pixels, min(4 * default_pixels, MAX_PIXELS)),
+            max_prompt_tokens=max_prompt_tokens,
+        )
+
+    @classmethod
+    def of_configs(cls, unet: Mapping[str, Any], vae: Mapping[str, Any], max_prompt_tokens: int) -> "BaseLimits":
+        """From diffusers' configurations of the UNet and the VAE."""
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        sample_size = unet["sample_size"]
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        halvings = len(unet["block_out_channels"]) - 1
+        return cls.of(
+            default_width_px=width * factor,
+            default_height_px=height * factor,
+            grid_px=factor * 2**halvings,
             max_prompt_tokens=max_prompt_tokens,
         )
 

@@ -38,15 +38,10 @@ def encode_prompt(base: Base, prompt: str, run: RunEncoder = run_encoder) -> Pro
     pipeline = base.pipeline
     hidden: list[torch.Tensor] = []
     pooled = torch.empty(0)
-    dropped_text = ""
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        token_ids, dropped = _tokenize(base, tokenizer, prompt)
+    ids_1, ids_2, dropped_text = tokenize(base, prompt)
+    for token_ids, encoder in ((ids_1, pipeline.text_encoder), (ids_2, pipeline.text_encoder_2)):
         penultimate, pooled = run(encoder, token_ids.to(base.device))
         hidden.append(penultimate)
-        dropped_text = max(dropped_text, dropped, key=len)
     dtype = pipeline.text_encoder_2.dtype
     return PromptEmbedding(
         hidden=torch.concat(hidden, dim=-1).to(dtype=dtype, device=base.device),
@@ -62,14 +57,21 @@ def encode_negative(base: Base, negative_prompt: str, positive: PromptEmbedding)
     return encode_prompt(base, negative_prompt)
 
 
-def _tokenize(base: Base, tokenizer: Any, prompt: str) -> tuple[torch.Tensor, str]:
-    """Token ids [1, L], int64, and the text behind the last token that fits."""
+def tokenize(base: Base, prompt: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Token ids of both tokenizers, each [1, L], int64, padded, and what of the prompt does not fit, or ""."""
+    pipeline = base.pipeline
     with base.tokenizer_lock:  # fast tokenizers raise "Already borrowed" when two threads share one
-        window = tokenizer.model_max_length
-        token_ids = tokenizer(
-            prompt, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
-        ).input_ids
-        whole = tokenizer(prompt, return_offsets_mapping=True)
+        ids_1, dropped_1 = _tokenize(pipeline.tokenizer, prompt)
+        ids_2, dropped_2 = _tokenize(pipeline.tokenizer_2, prompt)
+    return ids_1, ids_2, max(dropped_1, dropped_2, key=len)
+
+
+def _tokenize(tokenizer: Any, prompt: str) -> tuple[torch.Tensor, str]:
+    window = tokenizer.model_max_length
+    token_ids = tokenizer(
+        prompt, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+    ).input_ids
+    whole = tokenizer(prompt, return_offsets_mapping=True)
     if len(whole.input_ids) <= window:
         return token_ids, ""
     first_dropped = whole.offset_mapping[window - 1]  # the window's last place is the end token's

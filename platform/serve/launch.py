@@ -8,11 +8,9 @@ import errno
 import logging
 import math
 import os
-import secrets
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 import urllib.error
@@ -24,13 +22,12 @@ from typing import Any, Final
 
 from lorafleet.core.config import home
 from lorafleet.core.errors import ConfigError, LorafleetError, NotReady
+from lorafleet.core.local_ray import prepare_local_ray
 from lorafleet.sdxl.folder import find_base
 from lorafleet.serve.config import ServeSettings
 
 APP_NAME: Final = "lorafleet"
 OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # holds images on their way; Ray's default is a third of the memory
-# A UNIX socket's path has at most 107 bytes, of which Ray's session folder and socket names take about 65.
-MAX_RAY_DIR_CHARS: Final = 40
 POLL_S: Final = 0.1
 STOP_POLL_S: Final = 0.5
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -119,7 +116,7 @@ def check_port(host: str, port: int, param: str = "port") -> None:
 @contextmanager
 def _ray(settings: ServeSettings) -> Iterator[None]:
     """A connection to Ray; a Ray of our own is gone afterwards, its logs too unless something failed."""
-    temp_dir = None if settings.ray_address else _prepare_local_ray()
+    temp_dir = None if settings.ray_address else prepare_local_ray()
     import ray
 
     logging.getLogger("ray").setLevel(settings.log_level.upper())
@@ -170,27 +167,6 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}", param="ray_address") from None
-
-
-def _prepare_local_ray() -> Path:
-    """Sets what Ray reads from the environment, before it is imported; the folder for its sessions.
-
-    A variable that is already set is left as it is. Ray 2.60 gives a local cluster a token anyway, in ~/.ray.
-    """
-    folder = home() / "ray"
-    folder.mkdir(parents=True, exist_ok=True)
-    token = folder / "auth_token"
-    if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
-    # Off, Ray's own servers bind to the loopback address. Its name is older than its meaning:
-    # ray/_private/services.py, get_node_ip_address.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if len(str(folder)) <= MAX_RAY_DIR_CHARS:
-        return folder
-    return Path(tempfile.mkdtemp(prefix="lorafleet-"))
 
 
 def _deploy(settings: ServeSettings) -> None:

@@ -8,21 +8,16 @@ import binascii
 import hashlib
 import io
 import math
-import warnings
 from dataclasses import dataclass, field
-from typing import Final
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.pictures import SPOILED, BadPicture, decode, on_white
 from lorafleet.core.recipe import RecipeStart
 from lorafleet.sdxl.limits import BaseLimits
 from lorafleet.serve.work import Start
-
-FORMATS: Final = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS: Final = 16_000_000  # decoded, 64 MB
-_SPOILED: Final = "must be a whole PNG, JPEG or WebP picture"
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ def from_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidRequest(f"{name} {_SPOILED} in base64", param=name) from None
+        raise InvalidRequest(f"{name} {SPOILED} in base64", param=name) from None
 
 
 def prepare(upload: Upload, request: GenerationRequest, limits: BaseLimits) -> tuple[GenerationRequest, Start]:
@@ -79,7 +74,7 @@ def prepare(upload: Upload, request: GenerationRequest, limits: BaseLimits) -> t
                 param=upload.mask_name,
             )
     # diffusers' image processor scales in the same way, and leaves alone what has the size already
-    pixels = _on_white(image).resize(size, Image.Resampling.LANCZOS)
+    pixels = on_white(image).resize(size, Image.Resampling.LANCZOS)
     strength = max(upload.strength, (1 + 1e-9) / request.steps)  # at least one step is taken
     recipe = RecipeStart(
         image=_digest(pixels),
@@ -96,35 +91,10 @@ def enlarge(png: bytes, size: tuple[int, int]) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
-    """Upright RGBA or RGB. Nothing is decoded before kind and size are known: 20 KB may hold 800 MB of pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InvalidRequest(f"{name} must have at most {MAX_PIXELS} pixels", param=name) from None
-    except Exception as error:  # a hostile file raises whatever its reader did not think of
-        raise InvalidRequest(f"{name} {_SPOILED}", param=name) from error
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidRequest(
-                f"{name} must have at most {MAX_PIXELS} pixels, got {image.width}x{image.height}", param=name
-            )
-        if getattr(image, "is_animated", False):
-            raise InvalidRequest(f"{name} must be one picture, not an animation", param=name)
-        try:
-            has_alpha = image.has_transparency_data
-            upright = ImageOps.exif_transpose(_eight_bit(image))
-            return upright.convert("RGBA" if has_alpha else "RGB")
-        except Exception as error:  # as above
-            raise InvalidRequest(f"{name} {_SPOILED}", param=name) from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """PIL cuts 16-bit greys off at 255 in place of scaling them."""
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 257).convert("L")
-    return image
+        return decode(data)
+    except BadPicture as error:
+        raise InvalidRequest(f"{name} {error}", param=name) from error
 
 
 def _drawn_anew(image: Image.Image, mask: Image.Image | None, upload: Upload) -> Image.Image | None:
@@ -140,13 +110,6 @@ def _drawn_anew(image: Image.Image, mask: Image.Image | None, upload: Upload) ->
     if mask is None and not is_transparent.getbbox():
         return None
     return is_transparent
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _fitting(width: int, height: int, limits: BaseLimits) -> tuple[int, int]:

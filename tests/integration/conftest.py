@@ -51,7 +51,18 @@ def metrics_port(free_port: Callable[[], int]) -> int:
 
 
 @pytest.fixture(scope="session")
-def service_url(free_port: Callable[[], int], metrics_port: int, jobs: dict[str, object]) -> Iterator[str]:
+def aws_credentials() -> Iterator[None]:
+    """Any that moto's server takes; set before Ray starts, whose workers inherit them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def service_url(
+    aws_credentials: None, free_port: Callable[[], int], metrics_port: int, jobs: dict[str, object]
+) -> Iterator[str]:
     os.environ[RAY_REPORTS_EVERY_MS] = "1000"  # instead of 10000; less it cannot be
     own = {"port": free_port(), "metrics_port": metrics_port, "base": {"device": "cpu"}, "jobs": jobs}
     settings = ServeSettings.model_validate({**SETTINGS, **own})

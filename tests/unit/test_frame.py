@@ -160,10 +160,11 @@ def test_the_readme_names_only_what_is_there(repo: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (repo / link).exists(), link
     help_ = {}
-    called = re.findall(r"\.venv/bin/lorafleet ((?:adapters )?\w+)([^#\n]*)", readme)
+    called = re.findall(r"\.venv/bin/lorafleet ((?:adapters |train (?=inspect|merge))?\w+)([^#\n]*)", readme)
     for command in {command for command, _ in called}:
         name = str(Path(sys.executable).with_name("lorafleet"))
-        done = subprocess.run([name, *command.split(), "--help"], capture_output=True, text=True, check=True)
+        words = ["train", "run"] if command == "train" else command.split()  # `train DATA` is short for it
+        done = subprocess.run([name, *words, "--help"], capture_output=True, text=True, check=True)
         help_[command] = done.stdout
     for command, rest in called:
         for flag in re.findall(r"(?<!\S)(--?[a-z-]+)", rest):

@@ -10,8 +10,9 @@ from PIL import Image, PngImagePlugin
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.pictures import MAX_PIXELS
 from lorafleet.sdxl.limits import BaseLimits
-from lorafleet.serve.pictures import MAX_PIXELS, Upload, enlarge, from_base64, prepare
+from lorafleet.serve.pictures import Upload, enlarge, from_base64, prepare
 
 LIMITS = BaseLimits.of(128, 128, 32, 77)
 

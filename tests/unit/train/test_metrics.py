@@ -1,0 +1,27 @@
+"""What Prometheus reads of a run."""
+
+import socket
+import urllib.request
+
+import pytest
+
+from lorafleet.core.errors import ConfigError
+from lorafleet.train.metrics import GAUGES, served_metrics
+from lorafleet.train.watch import StepReport, step_numbers
+
+
+def test_a_step_can_be_scraped_until_the_run_ends() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    metrics = served_metrics(port)
+    report = StepReport(step=7, epoch=1, loss=0.25, lr=1e-4, norm=2.0, samples=8, seconds=0.5, is_good=True)
+    metrics.numbers(step_numbers(report), report.step)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        page = response.read().decode()
+    with pytest.raises(ConfigError, match=rf"watch\.metrics_port {port} cannot be used"):
+        served_metrics(port)
+    metrics.close()
+    for line in ("lorafleet_train_loss 0.25", "lorafleet_train_images_per_second 16.0", "lorafleet_train_step 7.0"):
+        assert line in page.splitlines()
+    assert set(step_numbers(report)) <= set(GAUGES)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -119,7 +120,7 @@ def check_port(host: str, port: int, param: str = "port") -> None:
 @contextmanager
 def _ray(settings: ServeSettings) -> Iterator[None]:
     """A connection to Ray; a Ray of our own is gone afterwards, its logs too unless something failed."""
-    temp_dir = None if settings.ray_address else _prepare_local_ray()
+    temp_dir = None if settings.ray_address else prepare_local_ray()
     import ray
 
     logging.getLogger("ray").setLevel(settings.log_level.upper())
@@ -172,11 +173,20 @@ def _check_reachable(address: str) -> None:
         raise ConfigError(f"no Ray cluster answers at ray_address={address}: {error}", param="ray_address") from None
 
 
-def _prepare_local_ray() -> Path:
+def prepare_local_ray() -> Path:
     """Sets what Ray reads from the environment, before it is imported; the folder for its sessions.
 
     A variable that is already set is left as it is. Ray 2.60 gives a local cluster a token anyway, in ~/.ray.
+
+    Raises:
+        ConfigError: Ray was imported already, without RAY_AUTH_MODE: it would not read the token any more.
     """
+    if "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        raise ConfigError(
+            "ray was imported before the service could give it an access token: start the service before anything "
+            "imports ray, or set RAY_AUTH_MODE=token (or disabled) for the process",
+            param="ray_address",
+        )
     folder = home() / "ray"
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / "auth_token"

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import re
 from collections.abc import AsyncGenerator, Callable, Collection
 from typing import Any, Final, TypeVar
 
@@ -21,6 +22,7 @@ JSON_TYPE: Final = "application/json"
 FORM_TYPE: Final = "multipart/form-data"
 LARGE_BYTES: Final = 1 << 18  # 1 ms to parse; more is parsed off the event loop
 MAX_FILES, MAX_FIELDS = 20, 100
+ITEM: Final = re.compile(r"(\w+)\[\]\[(\w+)\]")
 
 
 class MalformedBody(LorafleetError):
@@ -116,6 +118,8 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
     except (MultiPartException, ValueError, LookupError) as error:
         raise MalformedBody(f"the body is not a valid multipart form: {error}") from None
     fields: dict[str, Any] = {}
+    lists: dict[str, list[object]] = {}
+    columns: dict[str, dict[str, list[object]]] = {}
     found: Files = {name: [] for name in files}
     try:
         for name, value in form.multi_items():
@@ -127,22 +131,48 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
                 raise InvalidRequest(f"{name} must be a file, got text", param=name)
             elif name in fields:
                 raise InvalidRequest(f"{name} is there more than once", param=name)
+            elif (item := ITEM.fullmatch(name)) and "array" in accepts(model, (item[1],)):
+                typed = _typed(value, model, item[1], 0, item[2])
+                columns.setdefault(item[1], {}).setdefault(item[2], []).append(typed)
+            elif "array" in accepts(model, (name,)):
+                lists.setdefault(name, []).append(_parsed(value))
             else:
                 fields[name] = _typed(value, model, name)
     finally:
         await form.close()
+    for name, parts in lists.items():
+        is_whole = len(parts) == 1 and not isinstance(parts[0], dict)
+        fields[name] = parts[0] if is_whole else parts
+    for name, by_key in columns.items():
+        if name in fields:
+            raise InvalidRequest(f"{name} is there more than once", param=name)
+        fields[name] = _items(name, by_key)
     return parse_fields(fields, model), found
 
 
-def _typed(text: str, model: type[BaseModel], name: str) -> object:
+def _typed(text: str, model: type[BaseModel], *path: str | int) -> object:
     """A form's fields are text; a number, true or false where the model wants one."""
-    if accepts(model, (name,)) & {"integer", "number", "boolean"}:
-        try:
-            value: object = pydantic_core.from_json(text.strip().lower(), allow_inf_nan=False)
-        except ValueError:
-            return text
+    if accepts(model, path) & {"integer", "number", "boolean"}:
+        value = _parsed(text.strip().lower())
         return value if isinstance(value, bool | int | float) else text
     return text
+
+
+def _parsed(text: str) -> object:
+    """JSON where it is JSON, else the text."""
+    try:
+        value: object = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError:
+        return text
+    return value
+
+
+def _items(name: str, columns: dict[str, list[object]]) -> list[dict[str, object]]:
+    """The list that the fields `name[][key]` tell. openai's client sends all values of one key together, so which of
+    them belong together is known only where every item has every key."""
+    if len({len(values) for values in columns.values()}) > 1:
+        raise InvalidRequest(f"{name} must give each of its items {' and '.join(columns)}, or none of them", param=name)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _whole_numbers(content: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import (
+    MAX_ADAPTERS,
+    AdapterUses,
     GenerationRequest,
     Guidance,
     ImageCount,
@@ -82,12 +84,16 @@ class GenerateReply(BaseModel):
 
 
 class ImagesFields(BaseModel):
-    """What OpenAI's generations and edits share, and seed to scheduler as extras."""
+    """What OpenAI's generations and edits share, and seed to adapters as extras."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     prompt: Prompt = Field(description="what to draw, 1 to 2000 characters")
-    model: str | None = Field(default=None, max_length=1000, description="an id of GET /v1/models; left out: the base")
+    model: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="an id of GET /v1/models, an adapter's with @ALIAS or @VERSION too; left out: the base",
+    )
     n: ImageCount | None = Field(default=None, description="images to make; left out: 1")
     size: Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$")] | None = Field(
         default=None, description="WIDTHxHEIGHT in pixels on the base's grid, or \"auto\" for the base's own size"
@@ -112,6 +118,11 @@ class ImagesFields(BaseModel):
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps; left out: 20")
     guidance_scale: Guidance | None = Field(default=None, description="left out: 5; 1 and below switch it off")
     scheduler: SchedulerName | None = Field(default=None, description="the sampler; left out: euler")
+    adapters: AdapterUses | None = Field(
+        default=None,
+        description=f"at most {MAX_ADAPTERS} adapters, that of model included; "
+        "in a form as JSON text: the list, or each item in a field of its own",
+    )
 
     def request(self) -> GenerationRequest:
         width, height = None, None
@@ -127,6 +138,7 @@ class ImagesFields(BaseModel):
             "scheduler": self.scheduler,
             "seed": self.seed,
             "num_images": self.n,
+            "adapters": self.adapters,
         }
         # model_construct: each value has passed its own range above; a size is judged by the base's limits.
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -231,8 +243,9 @@ class JobReply(BaseModel):
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time in seconds at which it was loaded")
+    created: int = Field(description="Unix time in seconds at which the base was loaded, the adapter pushed")
     owned_by: str = "lorafleet"
+    parent: str | None = Field(default=None, description="of an adapter: the base that it is used with")
 
 
 class ModelList(BaseModel):

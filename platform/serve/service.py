@@ -17,7 +17,7 @@ from lorafleet.core.errors import (
     RecipeMismatch,
 )
 from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
-from lorafleet.core.manifest import REFERENCE_PATTERN
+from lorafleet.core.manifest import REFERENCE_PATTERN, Manifest
 from lorafleet.core.metrics import (
     ADAPTER_USES,
     BACKLOG_SECONDS,
@@ -111,7 +111,7 @@ class Service:
 
         `base` and `start` are what a recipe asks for: it would not make the same image from anything else.
         """
-        model = self.known_model or await self.model()
+        model = await self._known_model()
         names = [f"adapters.{place}.name" for place in range(len(request.adapters))]
         if model_id is not None and model_id != model.ref.id:
             request, names = self._with_model(request, model_id, model), ["model", *names]
@@ -198,18 +198,46 @@ class Service:
         self.fleet.close()
         await self._cache.close()
 
+    async def adapter_model(self, model_id: str) -> Manifest:
+        """The adapter that the id of a model other than the base means. Raises ModelNotFound, NotReady, what keeps it
+        from being served, and StorageUnavailable."""
+        model = await self._known_model()
+        self._check_adapter_id(model_id, model)
+        return (await self._adapter(AdapterUse(name=model_id), "model", model)).manifest
+
+    def unfit(self, manifest: Manifest, model: ModelInfo) -> str | None:
+        """Why an adapter cannot be served on the base that is loaded, None if it can; to go after its name."""
+        bank = self.settings.engine.bank
+        if manifest.base_fingerprint not in (None, model.ref.fingerprint):
+            return (
+                f"was trained on another base ({manifest.base_fingerprint[:12]}) than {model.ref.id} "
+                f"({model.ref.fingerprint[:12]}), which is loaded: use an adapter of this one"
+            )
+        if bank is not None and manifest.rank > bank.max_rank:
+            return f"has rank {manifest.rank}, here at most {bank.max_rank} are served: raise engine.bank.max_rank"
+        return None
+
+    async def _known_model(self) -> ModelInfo:
+        return self.known_model or await self.model()
+
     def _with_model(self, request: GenerationRequest, model_id: str, model: ModelInfo) -> GenerationRequest:
         """The request with the adapter that it names as its model. Raises ModelNotFound, InvalidRequest."""
-        if not re.fullmatch(REFERENCE_PATTERN, model_id):
-            raise ModelNotFound(
-                f"no model {short(model_id)}: known are {model.ref.id} and the adapters that GET /v1/models lists",
-                param="model",
-            )
+        self._check_adapter_id(model_id, model)
         if len(request.adapters) == MAX_ADAPTERS:
             raise InvalidRequest(
                 f"adapters may be {MAX_ADAPTERS - 1} where model names one more, got {MAX_ADAPTERS}", param="adapters"
             )
         return request.model_copy(update={"adapters": [AdapterUse(name=model_id), *request.adapters]})
+
+    def _check_adapter_id(self, model_id: str, model: ModelInfo) -> None:
+        """Raises ModelNotFound for what cannot be an adapter's."""
+        if self.settings.engine.bank is None:
+            raise ModelNotFound(f"no model {short(model_id)}: known is {model.ref.id}", param="model")
+        if not re.fullmatch(REFERENCE_PATTERN, model_id):
+            raise ModelNotFound(
+                f"no model {short(model_id)}: known are {model.ref.id} and the adapters that GET /v1/models lists",
+                param="model",
+            )
 
     async def _adapters(
         self, asked: Sequence[AdapterUse], names: Sequence[str], model: ModelInfo
@@ -230,20 +258,9 @@ class Service:
                     f"no model {use.name}: known are {model.ref.id} and the adapters; {error.message}", param=param
                 ) from error
             raise type(error)(error.message, param=param) from error
-        manifest, bank = chosen.manifest, self.settings.engine.bank
-        if manifest.base_fingerprint not in (None, model.ref.fingerprint):
-            raise AdapterIncompatible(
-                f"{use.name} was trained on another base ({manifest.base_fingerprint[:12]}) than {model.ref.id} "
-                f"({model.ref.fingerprint[:12]}), which is loaded: use an adapter of this one",
-                param=param,
-            )
-        if bank is not None and manifest.rank > bank.max_rank:
-            raise AdapterIncompatible(
-                f"{use.name} has rank {manifest.rank}, here at most {bank.max_rank} are served: raise "
-                "engine.bank.max_rank",
-                param=param,
-            )
-        return WorkAdapter(manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
+        if (reason := self.unfit(chosen.manifest, model)) is not None:
+            raise AdapterIncompatible(f"{use.name} {reason}", param=param)
+        return WorkAdapter(chosen.manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
 
     def _ended(self, run: Run, work: Work, place: Place) -> None:
         place.leave(is_done=run.is_good)

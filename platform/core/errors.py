@@ -15,6 +15,8 @@ LorafleetError
 ├── AdapterUnreadable      an adapter file is no whole, plain LoRA           (HTTP 422)
 ├── AdapterIncompatible    a sound adapter does not fit this base or bank    (HTTP 409)
 ├── StorageUnavailable     the adapter registry cannot be reached or used    (HTTP 503)
+├── AdminKeyUnset          the service takes no changes, it has no admin key (HTTP 403)
+├── InvalidAdminKey        a change came without the admin key               (HTTP 401)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
@@ -134,6 +136,18 @@ class StorageUnavailable(LorafleetError):
     """Where adapters are stored does not answer, refuses, is full or is not there."""
 
     code = "storage_unavailable"
+
+
+class AdminKeyUnset(LorafleetError):
+    """The service has no admin key, and so takes no changes to the registry."""
+
+    code = "admin_key_unset"
+
+
+class InvalidAdminKey(LorafleetError):
+    """A change to the registry came without the admin key, or with a wrong one."""
+
+    code = "invalid_admin_key"
 
 
 class Overloaded(LorafleetError):

@@ -4,12 +4,12 @@ import asyncio
 import difflib
 import re
 from collections.abc import AsyncGenerator, Callable, Collection
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import pydantic_core
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from lorafleet.core.errors import InvalidRequest, LorafleetError
@@ -103,6 +103,28 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedBody or InvalidBody.
     """
+    form = await _parse_form(request, max_bytes)
+    try:
+        body, uploads = _parse_items(form, model, files)
+        return body, {name: [await upload.read() for upload in found] for name, found in uploads.items()}
+    finally:
+        await form.close()
+
+
+async def read_upload(request: Request, model: type[M], file: str, max_bytes: int) -> tuple[M, BinaryIO]:
+    """As `read_form`, of a form with one file, which may be large and is not read into memory; the caller closes it."""
+    form = await _parse_form(request, max_bytes)
+    try:
+        body, uploads = _parse_items(form, model, [file])
+        if len(uploads[file]) != 1:
+            raise InvalidRequest(f"{file} must be one file, got {len(uploads[file])}", param=file)
+    except BaseException:
+        await form.close()
+        raise
+    return body, uploads[file][0].file
+
+
+async def _parse_form(request: Request, max_bytes: int) -> FormData:
     media_type = request.headers.get("content-type", "")
     if media_type.partition(";")[0].strip().lower() != FORM_TYPE:
         raise UnsupportedMediaType(f"content-type must be {FORM_TYPE}, got {short(media_type)}")
@@ -114,32 +136,33 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
         max_part_size=max_bytes,
     )
     try:
-        form = await parser.parse()
+        return await parser.parse()
     except (MultiPartException, ValueError, LookupError) as error:
         raise MalformedBody(f"the body is not a valid multipart form: {error}") from None
+
+
+def _parse_items(form: FormData, model: type[M], files: Collection[str]) -> tuple[M, dict[str, list[UploadFile]]]:
+    """A form's text as `model`, and its files by their names."""
     fields: dict[str, Any] = {}
     lists: dict[str, list[object]] = {}
     columns: dict[str, dict[str, list[object]]] = {}
-    found: Files = {name: [] for name in files}
-    try:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in found:
-                    raise InvalidRequest(f"unknown file {short(name)}: known are {', '.join(files)}", param=name)
-                found[name].append(await value.read())
-            elif name in found:
-                raise InvalidRequest(f"{name} must be a file, got text", param=name)
-            elif name in fields:
-                raise InvalidRequest(f"{name} is there more than once", param=name)
-            elif (item := ITEM.fullmatch(name)) and "array" in accepts(model, (item[1],)):
-                typed = _typed(value, model, item[1], 0, item[2])
-                columns.setdefault(item[1], {}).setdefault(item[2], []).append(typed)
-            elif "array" in accepts(model, (name,)):
-                lists.setdefault(name, []).append(_parsed(value))
-            else:
-                fields[name] = _typed(value, model, name)
-    finally:
-        await form.close()
+    found: dict[str, list[UploadFile]] = {name: [] for name in files}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name not in found:
+                raise InvalidRequest(f"unknown file {short(name)}: known are {', '.join(files)}", param=name)
+            found[name].append(value)
+        elif name in found:
+            raise InvalidRequest(f"{name} must be a file, got text", param=name)
+        elif name in fields:
+            raise InvalidRequest(f"{name} is there more than once", param=name)
+        elif (item := ITEM.fullmatch(name)) and "array" in accepts(model, (item[1],)):
+            typed = _typed(value, model, item[1], 0, item[2])
+            columns.setdefault(item[1], {}).setdefault(item[2], []).append(typed)
+        elif "array" in accepts(model, (name,)):
+            lists.setdefault(name, []).append(_parsed(value))
+        else:
+            fields[name] = _typed(value, model, name)
     for name, parts in lists.items():
         is_whole = len(parts) == 1 and not isinstance(parts[0], dict)
         fields[name] = parts[0] if is_whole else parts

@@ -1,8 +1,9 @@
 """Bodies of the HTTP API. Types are strict: "20" is not 20, true is not 1; 20.0 is 20, as JSON has it."""
 
-from typing import Annotated, Any, Final, Literal
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import (
@@ -18,6 +19,7 @@ from lorafleet.core.generation import (
     SidePx,
     Steps,
 )
+from lorafleet.core.manifest import MAX_SHARES, NAME_PATTERN, Manifest, Shares
 from lorafleet.core.recipe import BaseRef, RecipeStart
 from lorafleet.serve.pictures import Upload, from_base64
 
@@ -26,6 +28,12 @@ STRENGTH: Final = 0.8
 EDIT_STRENGTH: Final = 0.7
 
 Strength = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+AdapterName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+AliasTarget = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+AliasTargets = Annotated[
+    dict[AliasTarget, Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]],
+    Field(min_length=1, max_length=MAX_SHARES, json_schema_extra={"additionalProperties": False}),
+]
 PictureText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "picture"})]
 
 
@@ -253,8 +261,75 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class AdapterBody(BaseModel):
+    """Fields of the form of `POST /v1/adapters`; `file` is a file beside them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: AdapterName = Field(description="what it is called; a new version where there is one of that name")
+
+
+class AliasBody(BaseModel):
+    """Body of `PUT /v1/adapters/{name}/aliases/{alias}`: one version, or several with their weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: AliasTarget | None = Field(default=None, description="first digits of a version, or another alias")
+    versions: AliasTargets | None = Field(
+        default=None,
+        description="versions, or aliases, with the weights by which they share requests",
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.version is None) == (self.versions is None):
+            raise ValueError("give version or versions, one of them")
+        return self
+
+    def shares(self) -> str | dict[str, float]:
+        if self.version is not None:
+            return self.version
+        assert self.versions is not None
+        return self.versions
+
+
+class AdapterEntry(Manifest):
+    """An adapter in the list: the version that its bare name means."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[str] = Field(description="newest first")
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterEntry]
+
+
+class AdapterVersion(BaseModel):
+    version: str = Field(description="sha256 of the file")
+    pushed_at: datetime
+
+
+class AdapterDetails(Manifest):
+    """One version, and what else there is of its name."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[AdapterVersion] = Field(description="newest first")
+
+
+class AdaptersDeleted(BaseModel):
+    deleted: list[str] = Field(description="as NAME@VERSION")
+
+
+class AdapterAlias(BaseModel):
+    name: str
+    alias: str
+    versions: Shares = Field(description="with their shares of the requests; empty where the alias was removed")
+
+
 class Status(BaseModel):
-    status: Literal["ok", "ready"]
+    status: Literal["ok", "ready", "degraded"]
+    reasons: list[str] = Field(default_factory=list, description="what the service works without, while it answers")
 
 
 class ErrorDetail(BaseModel):

@@ -4,8 +4,8 @@ import asyncio
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from typing import Any, Final, Protocol
+from contextlib import aclosing, suppress
+from typing import Any, BinaryIO, Final, Protocol
 
 from lorafleet.core.errors import (
     AdapterIncompatible,
@@ -15,6 +15,7 @@ from lorafleet.core.errors import (
     ModelNotFound,
     NotReady,
     RecipeMismatch,
+    StorageUnavailable,
 )
 from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
 from lorafleet.core.manifest import REFERENCE_PATTERN, Manifest
@@ -65,6 +66,13 @@ class Backend(Protocol):
 
     def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         """As `generate`, event by event; dearer. Closed, it calls off what is not done."""
+
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        """Checks what was handed in at the registry against the base, and pushes it. Raises LorafleetError."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Nobody has asked for long, so that no replica runs; one will as soon as somebody does."""
 
 
 class Service:
@@ -169,6 +177,26 @@ class Service:
         place = self._admission.enter(work.cost())
         events = self._tried(work, self.settings.jobs.timeout_s, tries)
         return Run(events, on_end=lambda run: self._ended(run, work, place))
+
+    async def push(self, name: str, file: BinaryIO) -> Manifest:
+        """Makes a file the newest version of an adapter. The base, which only a replica has, says whether it fits.
+
+        Raises AdapterTooLarge, AdapterUnreadable, AdapterIncompatible, NotReady and StorageUnavailable.
+        """
+        registry = self.fleet.registry
+        handed_in = await self.fleet.ask(lambda: registry.hand_in(file), timeout_s=None)
+        try:
+            return await self._backend.push(name, handed_in)
+        finally:
+            self.fleet.forget(name)
+            with suppress(StorageUnavailable):  # then `gc` finds it
+                await asyncio.shield(self.fleet.ask(lambda: registry.withdraw(handed_in)))
+
+    async def health(self) -> list[str]:
+        """What the service works without. Raises NotReady when it does not."""
+        problems = [] if self._backend.is_asleep else list((await self.model()).problems)
+        silent = await self.fleet.probe() if self.settings.engine.bank is not None else None
+        return problems if silent is None else [silent, *problems]
 
     async def generate(self, work: Work, terms: Terms = ANY_TERMS) -> GenerationResult:
         """All images; the work is called off when the caller leaves."""

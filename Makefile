@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke train-demo test nightly check bench bench-http bench-train clean
+.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -43,6 +43,9 @@ bench-http: .venv/serve ## requests per second and latency, in one process and o
 
 bench-train: .venv/train ## images per second and memory of training, beside a loop as in diffusers' script; for GPUs
 	PYTHONPATH=loadtests $(BIN)/python loadtests/train_bench.py $(ARGS)
+
+bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, kill, scale
+	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push kill scale)
 
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

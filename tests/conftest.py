@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.core.config import required
+from lorafleet.core.local_ray import prepare_local_ray
 
 # Measured on two cores, 20 steps of emojixl: 0.51 s with two threads, 0.68 s with one; but beside a second busy
 # process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one. Set before torch is there.
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ["LORAFLEET_HOME"] = home
     os.environ["HF_HUB_OFFLINE"] = "1"
+    prepare_local_ray()  # before a test module imports Ray, which reads its settings only then
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

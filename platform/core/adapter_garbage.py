@@ -3,7 +3,15 @@
 import logging
 from dataclasses import dataclass
 
-from lorafleet.core.adapter_record import ADAPTERS, ALIASES, FILE_NAME, manifest_path, read_manifest, read_record
+from lorafleet.core.adapter_record import (
+    ADAPTERS,
+    ALIASES,
+    FILE_NAME,
+    INCOMING,
+    manifest_path,
+    read_manifest,
+    read_record,
+)
 from lorafleet.core.manifest import LATEST
 from lorafleet.core.storage import Storage
 
@@ -19,11 +27,11 @@ class Garbage:
 
 
 def collect(storage: Storage, horizon_s: float) -> Garbage:
-    """Removes files without a manifest, `latest` of what has no version, and unfinished writes, all last written before
-    `horizon_s` (seconds since 1970)."""
+    """Removes files without a manifest, `latest` of what has no version, what was handed in and not pushed, and
+    unfinished writes, all last written before `horizon_s` (seconds since 1970)."""
     removed: list[str] = []
     size_bytes = 0
-    for path, stored in storage.find(ADAPTERS).items():
+    for path, stored in {**storage.find(ADAPTERS), **storage.find(INCOMING)}.items():
         if stored.modified_s < horizon_s and _is_left_over(storage, path, horizon_s):
             storage.delete([path])
             _mend(storage, path)
@@ -40,6 +48,8 @@ def collect(storage: Storage, horizon_s: float) -> Garbage:
 def _is_left_over(storage: Storage, path: str, horizon_s: float) -> bool:
     """Whether an old object belongs to nothing, as of now."""
     parts = path.split("/")
+    if parts[0] == INCOMING:
+        return True
     if len(parts) != 4:
         return False
     _, name, version, last = parts
@@ -53,7 +63,10 @@ def _is_left_over(storage: Storage, path: str, horizon_s: float) -> bool:
 
 def _mend(storage: Storage, path: str) -> None:
     """A push of the same bytes may have ended between our look and our delete: what has lost its file is no version."""
-    _, name, version, last = path.split("/")
+    parts = path.split("/")
+    if parts[0] == INCOMING:
+        return
+    _, name, version, last = parts
     if last == FILE_NAME and read_manifest(storage, name, version) is not None:
         logger.warning("%s@%s was pushed while an old rest of it was removed: push it again", name, version)
         storage.delete([manifest_path(name, version)])

@@ -3,6 +3,7 @@
 adapters/<name>/<version>/adapter.safetensors
 adapters/<name>/<version>/manifest.json          written last: without it there is no such version
 adapters/<name>/aliases/<alias>                  a version, or several with shares
+incoming/<id>                                    handed in to be checked elsewhere; gone within the push
 """
 
 import logging
@@ -20,6 +21,7 @@ from lorafleet.core.storage import Storage, Stored
 logger = logging.getLogger(__name__)
 
 ADAPTERS: Final = "adapters"
+INCOMING: Final = "incoming"
 FILE_NAME: Final = "adapter.safetensors"
 MANIFEST_NAME: Final = "manifest.json"
 ALIASES: Final = "aliases"

@@ -17,6 +17,8 @@ LorafleetError
 ├── StorageUnavailable     a registry, source or disk cannot be used         (HTTP 503)
 ├── DataNotFound           there are no pictures to train on                 (exit code 1)
 ├── DataUnreadable         a picture, caption or cache is missing or damaged (exit code 1)
+├── AdminKeyUnset          the service takes no changes, it has no admin key (HTTP 403)
+├── InvalidAdminKey        a change came without the admin key               (HTTP 401)
 ├── Overloaded             the queue is full, try again later                (HTTP 429)
 │   └── AdapterBusy        every adapter slot is in use, try again later     (HTTP 503)
 ├── NotReady               no replica can answer yet                         (HTTP 503)
@@ -151,6 +153,18 @@ class DataUnreadable(LorafleetError):
     """A picture, its caption, or what was computed from them is missing, damaged or too large; the message names it."""
 
     code = "data_unreadable"
+
+
+class AdminKeyUnset(LorafleetError):
+    """The service has no admin key, and so takes no changes to the registry."""
+
+    code = "admin_key_unset"
+
+
+class InvalidAdminKey(LorafleetError):
+    """A change to the registry came without the admin key, or with a wrong one."""
+
+    code = "invalid_admin_key"
 
 
 class Overloaded(LorafleetError):

@@ -2,11 +2,13 @@
 
 import os
 import secrets
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final
 
 from lorafleet.core.config import home
+from lorafleet.core.errors import ConfigError
 
 # A UNIX socket's path has at most 107 bytes, of which Ray's session folder and socket names take about 65.
 MAX_RAY_DIR_CHARS: Final = 40
@@ -16,7 +18,16 @@ def prepare_local_ray() -> Path:
     """Sets what Ray reads from the environment, before it is imported; the folder for its sessions.
 
     A variable that is already set is left as it is. Ray 2.60 gives a local cluster a token anyway, in ~/.ray.
+
+    Raises:
+        ConfigError: Ray was imported already, without RAY_AUTH_MODE: it would not read the token any more.
     """
+    if "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        raise ConfigError(
+            "ray was imported before it could be given an access token: begin before anything imports ray, or set "
+            "RAY_AUTH_MODE=token (or disabled) for the process",
+            param="ray_address",
+        )
     folder = home() / "ray"
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / "auth_token"

@@ -27,11 +27,13 @@ PRODUCTION: Final = "production"
 LATEST: Final = "latest"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 REFERENCE_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}(@[a-z0-9][a-z0-9._-]{0,63})?$"
+ALIAS_PATTERN: Final = r"^(?![0-9a-f]{6,64}$)[a-z0-9][a-z0-9._-]{0,63}$"  # what could be a version is none
 MIN_PREFIX_CHARS: Final = 6
 MAX_TRIGGER_WORDS: Final = 32
 MAX_SHARES: Final = 16
 
 _NAME: Final = re.compile(NAME_PATTERN)
+_ALIAS: Final = re.compile(ALIAS_PATTERN)
 _VERSION: Final = re.compile(rf"[0-9a-f]{{{MIN_PREFIX_CHARS},64}}")
 
 FileFormat = Literal["diffusers", "peft", "kohya"]
@@ -136,7 +138,7 @@ def check_name(name: str) -> str:
 
 def check_alias(alias: str) -> str:
     """The alias itself. Raises InvalidRequest; what could be a version's first digits is no alias."""
-    if not _NAME.fullmatch(alias) or _VERSION.fullmatch(alias):
+    if not _ALIAS.fullmatch(alias):
         raise InvalidRequest(
             f"an alias must match {NAME_PATTERN} and not look like a version (hexadecimal digits), not {short(alias)}.",
             param="alias",

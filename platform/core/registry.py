@@ -26,6 +26,7 @@ from lorafleet.core.adapter_record import (
     ADAPTERS,
     ALIASES,
     FILE_NAME,
+    INCOMING,
     Record,
     alias_path,
     file_path,
@@ -104,10 +105,32 @@ class Registry:
             else:
                 file = folder / FILE_NAME
                 version, size = self._cache.receive(source, file, self.max_adapter_bytes)
-            facts = check(file)
-            known = {"name": name, "version": version, "size_bytes": size, "pushed_at": datetime.now(UTC)}
-            manifest = Manifest.model_validate({**facts.model_dump(), **known})
-            return self._publish(manifest, file, on_progress)
+            return self._push(name, file, version, size, check, on_progress)
+
+    def hand_in(self, source: BinaryIO) -> str:
+        """Takes a file that another machine is to check and push: the id for `push_handed_in`.
+
+        The caller withdraws it afterwards, whatever came of it. Raises AdapterTooLarge.
+        """
+        handed_in = secrets.token_hex(16)
+        with self._cache.incoming() as folder:
+            file = folder / FILE_NAME
+            self._cache.receive(source, file, self.max_adapter_bytes)
+            self._storage.upload(file, f"{INCOMING}/{handed_in}", lambda done, total: None)
+        return handed_in
+
+    def push_handed_in(self, name: str, handed_in: str, check: Check) -> Manifest:
+        """As `push`, of what was handed in, on this machine or another one."""
+        check_name(name)
+        with self._cache.incoming() as folder:
+            file = folder / FILE_NAME
+            if not self._storage.download(f"{INCOMING}/{handed_in}", file, lambda done, total: None):
+                raise StorageUnavailable(f"the file handed in for {name} is gone: push it again.")
+            return self._push(name, file, sha256(file), file.stat().st_size, check, lambda done, total: None)
+
+    def withdraw(self, handed_in: str) -> None:
+        """Removes what was handed in."""
+        self._storage.delete([f"{INCOMING}/{handed_in}"])
 
     def probe(self) -> None:
         """Returns if the store answers."""
@@ -241,6 +264,15 @@ class Registry:
         garbage = collect(self._storage, horizon_s)
         self._index.rebuild(before_s=horizon_s)
         return garbage
+
+    def _push(
+        self, name: str, file: Path, version: str, size_bytes: int, check: Check, on_progress: OnProgress
+    ) -> Manifest:
+        """Of a file that nobody else changes."""
+        facts = check(file)
+        known = {"name": name, "version": version, "size_bytes": size_bytes, "pushed_at": datetime.now(UTC)}
+        manifest = Manifest.model_validate({**facts.model_dump(), **known})
+        return self._publish(manifest, file, on_progress)
 
     def _publish(self, manifest: Manifest, file: Path, on_progress: OnProgress) -> Manifest:
         name, version = manifest.name, manifest.version

@@ -19,9 +19,11 @@ from lorafleet.core.errors import (
     AdapterNotFound,
     AdapterTooLarge,
     AdapterUnreadable,
+    AdminKeyUnset,
     DeadlineExceeded,
     GenerationFailed,
     IdempotencyConflict,
+    InvalidAdminKey,
     InvalidRequest,
     JobNotFound,
     LorafleetError,
@@ -36,7 +38,7 @@ from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, Unsup
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge, note_failure
 from lorafleet.serve.jobs import Jobs
-from lorafleet.serve.routes import documents, generate, health, huggingface, images, models
+from lorafleet.serve.routes import adapters, documents, generate, health, huggingface, images, models
 from lorafleet.serve.routes import jobs as job_routes
 from lorafleet.serve.routes.generate import SEED_HEADER
 from lorafleet.serve.schemas import ErrorDetail, ErrorInfo, ErrorReply
@@ -49,6 +51,8 @@ RETRY_HEADER: Final = "x-should-retry"  # openai's clients obey it; others retry
 
 STATUSES: Final[dict[type[LorafleetError], int]] = {
     MalformedBody: 400,
+    InvalidAdminKey: 401,
+    AdminKeyUnset: 403,
     ModelNotFound: 404,
     JobNotFound: 404,
     IdempotencyConflict: 409,
@@ -69,6 +73,8 @@ STATUSES: Final[dict[type[LorafleetError], int]] = {
     DeadlineExceeded: 504,
 }
 TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",
@@ -102,7 +108,7 @@ def create_app(
         openapi_url=None,
     )
     app.state.service, app.state.jobs = service, jobs
-    for routes in (health, models, generate, images, huggingface, documents):
+    for routes in (health, models, generate, images, huggingface, adapters, documents):
         routes.add(app, service)
     job_routes.add(app, service, jobs)
     for kind in (LorafleetError, HTTPException):
@@ -112,7 +118,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID_HEADER, SEED_HEADER, RETRY_HEADER, "retry-after"],
         )
@@ -146,6 +152,8 @@ def _describe(error: Exception) -> tuple[int, ErrorReply, dict[str, str]]:
     note_failure(error, status, code)
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, InvalidAdminKey):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, NotReady):
         headers["retry-after"] = "1"
     if isinstance(error, DeadlineExceeded | GenerationFailed):

@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
 from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.metrics import PRELOAD_PROBLEMS, REPLICA_BACKLOG_SECONDS, REPLICA_READY, REPLICA_REQUESTS
 from lorafleet.core.registry import open_registry
 from lorafleet.serve.affinity import Report, short_key
@@ -130,6 +131,15 @@ class Replica:
         except Exception as error:  # the process edge, as above
             yield _in_our_words(error)
 
+    async def push(self, name: str, handed_in: str) -> Manifest | LorafleetError:
+        """An adapter, checked against the base."""
+        if self._failure is not None:
+            return self._failure
+        try:
+            return await asyncio.to_thread(self._pipeline.push, name, handed_in)
+        except Exception as error:  # the process edge, as above
+            return _in_our_words(error)
+
     def record_routing_stats(self) -> dict[str, Any]:
         """For the gateways' routers, asked by Serve every `routing.stats_every_s`."""
         if self._failure is not None:
@@ -186,15 +196,20 @@ class Replica:
 def _in_our_words(error: Exception) -> LorafleetError:
     if isinstance(error, LorafleetError):
         return error
-    logger.error("a generation failed", exc_info=error)
+    logger.error("a request failed", exc_info=error)
     return GenerationFailed("the model failed on this request: the replica's log says why")
 
 
 class ReplicaBackend:
     """The replicas as the API's backend: Ray's errors become ours."""
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any], min_replicas: int) -> None:
         self._replicas = replicas
+        self._min_replicas = min_replicas
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._min_replicas == 0 and AdapterRouter.running == 0
 
     async def model(self) -> ModelInfo:
         try:
@@ -236,6 +251,16 @@ class ReplicaBackend:
             if not is_over:
                 response.cancel()
 
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        try:
+            answer = await self._replicas.push.remote(name, handed_in)
+        except (RayError, RayServeException) as error:
+            raise NotReady(LOST) from error
+        if isinstance(answer, LorafleetError):
+            raise answer
+        assert isinstance(answer, Manifest)
+        return answer
+
 
 @serve.deployment
 @serve.ingress()
@@ -244,7 +269,9 @@ class Gateway:
 
     def __init__(self, settings: ServeSettings, replicas: DeploymentHandle[Any]) -> None:
         recorder = RayRecorder()
-        self._app = create_app(settings, ReplicaBackend(replicas), adds_request_id=False, recorder=recorder)
+        least = settings.replicas if settings.scaling is None else settings.scaling.min_replicas
+        backend = ReplicaBackend(replicas, least)
+        self._app = create_app(settings, backend, adds_request_id=False, recorder=recorder)
         recorder.sample(self._app.state.service.measure)
         recorder.sample(self._app.state.jobs.measure)
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import difflib
+import re
 from collections.abc import AsyncGenerator, Callable, Collection
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import pydantic_core
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from lorafleet.core.errors import InvalidRequest, LorafleetError
@@ -21,6 +22,7 @@ JSON_TYPE: Final = "application/json"
 FORM_TYPE: Final = "multipart/form-data"
 LARGE_BYTES: Final = 1 << 18  # 1 ms to parse; more is parsed off the event loop
 MAX_FILES, MAX_FIELDS = 20, 100
+ITEM: Final = re.compile(r"(\w+)\[\]\[(\w+)\]")
 
 
 class MalformedBody(LorafleetError):
@@ -101,6 +103,28 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedBody or InvalidBody.
     """
+    form = await _parse_form(request, max_bytes)
+    try:
+        body, uploads = _parse_items(form, model, files)
+        return body, {name: [await upload.read() for upload in found] for name, found in uploads.items()}
+    finally:
+        await form.close()
+
+
+async def read_upload(request: Request, model: type[M], file: str, max_bytes: int) -> tuple[M, BinaryIO]:
+    """As `read_form`, of a form with one file, which may be large and is not read into memory; the caller closes it."""
+    form = await _parse_form(request, max_bytes)
+    try:
+        body, uploads = _parse_items(form, model, [file])
+        if len(uploads[file]) != 1:
+            raise InvalidRequest(f"{file} must be one file, got {len(uploads[file])}", param=file)
+    except BaseException:
+        await form.close()
+        raise
+    return body, uploads[file][0].file
+
+
+async def _parse_form(request: Request, max_bytes: int) -> FormData:
     media_type = request.headers.get("content-type", "")
     if media_type.partition(";")[0].strip().lower() != FORM_TYPE:
         raise UnsupportedMediaType(f"content-type must be {FORM_TYPE}, got {short(media_type)}")
@@ -112,37 +136,66 @@ async def read_form(request: Request, model: type[M], files: Collection[str], ma
         max_part_size=max_bytes,
     )
     try:
-        form = await parser.parse()
+        return await parser.parse()
     except (MultiPartException, ValueError, LookupError) as error:
         raise MalformedBody(f"the body is not a valid multipart form: {error}") from None
+
+
+def _parse_items(form: FormData, model: type[M], files: Collection[str]) -> tuple[M, dict[str, list[UploadFile]]]:
+    """A form's text as `model`, and its files by their names."""
     fields: dict[str, Any] = {}
-    found: Files = {name: [] for name in files}
-    try:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in found:
-                    raise InvalidRequest(f"unknown file {short(name)}: known are {', '.join(files)}", param=name)
-                found[name].append(await value.read())
-            elif name in found:
-                raise InvalidRequest(f"{name} must be a file, got text", param=name)
-            elif name in fields:
-                raise InvalidRequest(f"{name} is there more than once", param=name)
-            else:
-                fields[name] = _typed(value, model, name)
-    finally:
-        await form.close()
+    lists: dict[str, list[object]] = {}
+    columns: dict[str, dict[str, list[object]]] = {}
+    found: dict[str, list[UploadFile]] = {name: [] for name in files}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name not in found:
+                raise InvalidRequest(f"unknown file {short(name)}: known are {', '.join(files)}", param=name)
+            found[name].append(value)
+        elif name in found:
+            raise InvalidRequest(f"{name} must be a file, got text", param=name)
+        elif name in fields:
+            raise InvalidRequest(f"{name} is there more than once", param=name)
+        elif (item := ITEM.fullmatch(name)) and "array" in accepts(model, (item[1],)):
+            typed = _typed(value, model, item[1], 0, item[2])
+            columns.setdefault(item[1], {}).setdefault(item[2], []).append(typed)
+        elif "array" in accepts(model, (name,)):
+            lists.setdefault(name, []).append(_parsed(value))
+        else:
+            fields[name] = _typed(value, model, name)
+    for name, parts in lists.items():
+        is_whole = len(parts) == 1 and not isinstance(parts[0], dict)
+        fields[name] = parts[0] if is_whole else parts
+    for name, by_key in columns.items():
+        if name in fields:
+            raise InvalidRequest(f"{name} is there more than once", param=name)
+        fields[name] = _items(name, by_key)
     return parse_fields(fields, model), found
 
 
-def _typed(text: str, model: type[BaseModel], name: str) -> object:
+def _typed(text: str, model: type[BaseModel], *path: str | int) -> object:
     """A form's fields are text; a number, true or false where the model wants one."""
-    if accepts(model, (name,)) & {"integer", "number", "boolean"}:
-        try:
-            value: object = pydantic_core.from_json(text.strip().lower(), allow_inf_nan=False)
-        except ValueError:
-            return text
+    if accepts(model, path) & {"integer", "number", "boolean"}:
+        value = _parsed(text.strip().lower())
         return value if isinstance(value, bool | int | float) else text
     return text
+
+
+def _parsed(text: str) -> object:
+    """JSON where it is JSON, else the text."""
+    try:
+        value: object = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError:
+        return text
+    return value
+
+
+def _items(name: str, columns: dict[str, list[object]]) -> list[dict[str, object]]:
+    """The list that the fields `name[][key]` tell. openai's client sends all values of one key together, so which of
+    them belong together is known only where every item has every key."""
+    if len({len(values) for values in columns.values()}) > 1:
+        raise InvalidRequest(f"{name} must give each of its items {' and '.join(columns)}, or none of them", param=name)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _whole_numbers(content: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from lorafleet.core.generation import AdapterReference
 from lorafleet.core.registry_config import RegistryConfig
@@ -291,6 +291,12 @@ class ServeSettings(LiveSettings):
     )
     cache: CacheSettings = Field(default_factory=CacheSettings, description="images made before")
     jobs: JobSettings = Field(default_factory=JobSettings, description="work that is asked for later")
+    admin_key: SecretStr | None = Field(
+        default=None,
+        min_length=16,
+        description="what `Authorization: Bearer` must say to push, delete and name adapters over HTTP; better as "
+        "LORAFLEET_ADMIN_KEY than as a flag; left out: adapters cannot be changed over HTTP",
+    )
     cors_origins: tuple[str, ...] = Field(
         default=(),
         description='web origins that may call from a browser, such as http://localhost:3000; "*" is all',

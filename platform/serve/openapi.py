@@ -8,10 +8,19 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
-from lorafleet.serve.schemas import EditsBody, ErrorReply, GenerateBody, ImagesBody, ImageToImageBody, TextToImageBody
+from lorafleet.serve.schemas import (
+    AdapterBody,
+    AliasBody,
+    EditsBody,
+    ErrorReply,
+    GenerateBody,
+    ImagesBody,
+    ImageToImageBody,
+    TextToImageBody,
+)
 
 MAY_FAIL: Final = (400, 404, 409, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
-BODIES: Final = (GenerateBody, ImagesBody, EditsBody, TextToImageBody, ImageToImageBody)
+BODIES: Final = (GenerateBody, ImagesBody, EditsBody, TextToImageBody, ImageToImageBody, AdapterBody, AliasBody)
 _REF: Final = "#/components/schemas/{model}"
 # What each body calls the steps, of which lcm takes fewer.
 _STEPS: Final = {
@@ -21,17 +30,25 @@ _STEPS: Final = {
     "TextToImageParameters": "num_inference_steps",
     "ImageToImageParameters": "num_inference_steps",
 }
+# Files of each form: what they are, and the one that must be there.
 _FILES: Final = {
-    "image": "the picture to edit: PNG, JPEG or WebP, at most 16 megapixels; image[] is taken too",
-    "mask": "a picture as large as image; what is transparent in it is drawn anew, the rest kept",
+    "EditsBody": {
+        "image": "the picture to edit: PNG, JPEG or WebP, at most 16 megapixels; image[] is taken too",
+        "mask": "a picture as large as image; what is transparent in it is drawn anew, the rest kept",
+    },
+    "AdapterBody": {"file": "a LoRA as safetensors, of diffusers, PEFT or kohya"},
 }
+_NEEDED_FILES: Final = {"EditsBody": "image", "AdapterBody": "file"}
 _ABOUT_INIT_IMAGE: Final = {"mask": "string", "strength": "number", "start": "object"}
 _WHEN: Final = {
-    400: "the body is not JSON",
+    400: "the body is not JSON, or no form",
+    401: "the admin key is missing or wrong",
+    403: "changes are not taken here: no admin key is set",
     404: "no such model, adapter or job",
-    409: "the recipe asks for another base model or picture, or the idempotency key was used for something else",
+    409: "the recipe asks for another base model or picture, the idempotency key was used for something else, the "
+    "adapter is for another base, or an alias points at it",
     413: "the body is too large",
-    415: "the body is not announced as application/json",
+    415: "the body is not announced as what the route reads",
     422: "a field is unknown, of the wrong type or out of range",
     429: "too much work is waiting; Retry-After says when to come back",
     500: "the model produced no usable image",
@@ -69,12 +86,16 @@ def describe(app: FastAPI, limits: BaseLimits | None) -> dict[str, Any]:
     for name, steps in _STEPS.items():
         is_lcm = {"properties": {"scheduler": {"const": "lcm"}}, "required": ["scheduler"]}
         schemas[name] |= {"if": is_lcm, "then": {"properties": {steps: {"type": "integer", "maximum": MAX_LCM_STEPS}}}}
-    schemas["EditsBody"]["required"].append("image")
+    for form, files in _FILES.items():
+        for name, about in files.items():
+            schemas[form]["properties"][name] = {"type": "string", "format": "binary", "description": about}
+        schemas[form]["required"].append(_NEEDED_FILES[form])
     for field in schemas["EditsBody"]["properties"].values():
         if "anyOf" in field:  # a form has no null
             field["anyOf"] = [option for option in field["anyOf"] if option.get("type") != "null"]
-    for name, description in _FILES.items():
-        schemas["EditsBody"]["properties"][name] = {"type": "string", "format": "binary", "description": description}
+    schemas["AliasBody"]["oneOf"] = [
+        {"properties": {name: {"not": {"type": "null"}}}, "required": [name]} for name in ("version", "versions")
+    ]
     schemas["GenerateBody"]["allOf"] = [_needs_init_image(name, kind) for name, kind in _ABOUT_INIT_IMAGE.items()]
     return document
 

@@ -13,12 +13,15 @@ from PIL import Image
 
 from lorafleet.core.errors import DeadlineExceeded, InvalidRequest
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.metrics import Recorder
 from lorafleet.core.recipe import BaseRef, Recipe, embed, versions
 from lorafleet.core.registry import Registry
+from lorafleet.sdxl.adapter_file import check_against
 from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.lora import Adapter
 from lorafleet.sdxl.lora_read import read_adapter
+from lorafleet.sdxl.lora_targets import targets_of
 from lorafleet.serve import events
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.downloads import Download, Downloads
@@ -63,6 +66,7 @@ class Pipeline:
             limits=base.limits,
             created_unix_s=int(time.time()),
         )
+        self._targets = targets_of(base) if self.engine.bank is None else self.engine.bank.targets
         self._versions = versions()
         self._is_started = False
 
@@ -71,6 +75,14 @@ class Pipeline:
         self.engine.start()
         self._is_started = True
         return self
+
+    def push(self, name: str, handed_in: str) -> Manifest:
+        """Checks an adapter's file that was handed in at the registry against the base, and pushes it.
+
+        Raises AdapterUnreadable, AdapterIncompatible and StorageUnavailable. Blocks.
+        """
+        assert self._registry is not None
+        return self._registry.push_handed_in(name, handed_in, check_against(self._targets))
 
     def close(self) -> None:
         """Stops the engine after the step that is running; requests that are not done fail with NotReady."""

@@ -1,7 +1,7 @@
 """Affinity as Ray Serve's request router: it lives in the gateway, and sees every call on its way to a replica."""
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -14,12 +14,16 @@ from lorafleet.serve.work import Work
 class AdapterRouter(RequestRouter):
     """Sends work to the replica that `Affinity` prefers. Replicas report what they hold by `record_routing_stats`."""
 
+    running: ClassVar[int | None] = None
+    """Replicas that are up, as this process was last told; None before."""
+
     def initialize_state(self, slot_s: float, host_s: float) -> None:  # type: ignore[override]
         self._affinity = Affinity(slot_s, host_s)
         self._choices: dict[str, Choice] = {}  # for requests that are being routed
         self._recorder = RayRecorder()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        AdapterRouter.running = len(replicas)
         self._affinity.update({replica.replica_id.unique_id: replica.routing_stats for replica in replicas})
         super().update_replicas(replicas)
 

@@ -1,11 +1,14 @@
 """Bodies of the HTTP API. Types are strict: "20" is not 20, true is not 1; 20.0 is 20, as JSON has it."""
 
-from typing import Annotated, Any, Final, Literal
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.generation import (
+    MAX_ADAPTERS,
+    AdapterUses,
     GenerationRequest,
     Guidance,
     ImageCount,
@@ -16,6 +19,7 @@ from lorafleet.core.generation import (
     SidePx,
     Steps,
 )
+from lorafleet.core.manifest import MAX_SHARES, NAME_PATTERN, Manifest, Shares
 from lorafleet.core.recipe import BaseRef, RecipeStart
 from lorafleet.serve.pictures import Upload, from_base64
 
@@ -24,6 +28,12 @@ STRENGTH: Final = 0.8
 EDIT_STRENGTH: Final = 0.7
 
 Strength = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+AdapterName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+AliasTarget = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+AliasTargets = Annotated[
+    dict[AliasTarget, Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]],
+    Field(min_length=1, max_length=MAX_SHARES, json_schema_extra={"additionalProperties": False}),
+]
 PictureText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "picture"})]
 
 
@@ -82,12 +92,16 @@ class GenerateReply(BaseModel):
 
 
 class ImagesFields(BaseModel):
-    """What OpenAI's generations and edits share, and seed to scheduler as extras."""
+    """What OpenAI's generations and edits share, and seed to adapters as extras."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     prompt: Prompt = Field(description="what to draw, 1 to 2000 characters")
-    model: str | None = Field(default=None, max_length=1000, description="an id of GET /v1/models; left out: the base")
+    model: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="an id of GET /v1/models, an adapter's with @ALIAS or @VERSION too; left out: the base",
+    )
     n: ImageCount | None = Field(default=None, description="images to make; left out: 1")
     size: Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$")] | None = Field(
         default=None, description="WIDTHxHEIGHT in pixels on the base's grid, or \"auto\" for the base's own size"
@@ -112,6 +126,11 @@ class ImagesFields(BaseModel):
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps; left out: 20")
     guidance_scale: Guidance | None = Field(default=None, description="left out: 5; 1 and below switch it off")
     scheduler: SchedulerName | None = Field(default=None, description="the sampler; left out: euler")
+    adapters: AdapterUses | None = Field(
+        default=None,
+        description=f"at most {MAX_ADAPTERS} adapters, that of model included; "
+        "in a form as JSON text: the list, or each item in a field of its own",
+    )
 
     def request(self) -> GenerationRequest:
         width, height = None, None
@@ -127,6 +146,7 @@ class ImagesFields(BaseModel):
             "scheduler": self.scheduler,
             "seed": self.seed,
             "num_images": self.n,
+            "adapters": self.adapters,
         }
         # model_construct: each value has passed its own range above; a size is judged by the base's limits.
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -231,8 +251,9 @@ class JobReply(BaseModel):
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time in seconds at which it was loaded")
+    created: int = Field(description="Unix time in seconds at which the base was loaded, the adapter pushed")
     owned_by: str = "lorafleet"
+    parent: str | None = Field(default=None, description="of an adapter: the base that it is used with")
 
 
 class ModelList(BaseModel):
@@ -240,8 +261,75 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class AdapterBody(BaseModel):
+    """Fields of the form of `POST /v1/adapters`; `file` is a file beside them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: AdapterName = Field(description="what it is called; a new version where there is one of that name")
+
+
+class AliasBody(BaseModel):
+    """Body of `PUT /v1/adapters/{name}/aliases/{alias}`: one version, or several with their weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    version: AliasTarget | None = Field(default=None, description="first digits of a version, or another alias")
+    versions: AliasTargets | None = Field(
+        default=None,
+        description="versions, or aliases, with the weights by which they share requests",
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.version is None) == (self.versions is None):
+            raise ValueError("give version or versions, one of them")
+        return self
+
+    def shares(self) -> str | dict[str, float]:
+        if self.version is not None:
+            return self.version
+        assert self.versions is not None
+        return self.versions
+
+
+class AdapterEntry(Manifest):
+    """An adapter in the list: the version that its bare name means."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[str] = Field(description="newest first")
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterEntry]
+
+
+class AdapterVersion(BaseModel):
+    version: str = Field(description="sha256 of the file")
+    pushed_at: datetime
+
+
+class AdapterDetails(Manifest):
+    """One version, and what else there is of its name."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[AdapterVersion] = Field(description="newest first")
+
+
+class AdaptersDeleted(BaseModel):
+    deleted: list[str] = Field(description="as NAME@VERSION")
+
+
+class AdapterAlias(BaseModel):
+    name: str
+    alias: str
+    versions: Shares = Field(description="with their shares of the requests; empty where the alias was removed")
+
+
 class Status(BaseModel):
-    status: Literal["ok", "ready"]
+    status: Literal["ok", "ready", "degraded"]
+    reasons: list[str] = Field(default_factory=list, description="what the service works without, while it answers")
 
 
 class ErrorDetail(BaseModel):

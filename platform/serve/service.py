@@ -4,8 +4,8 @@ import asyncio
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from typing import Any, Final, Protocol
+from contextlib import aclosing, suppress
+from typing import Any, BinaryIO, Final, Protocol
 
 from lorafleet.core.errors import (
     AdapterIncompatible,
@@ -15,9 +15,10 @@ from lorafleet.core.errors import (
     ModelNotFound,
     NotReady,
     RecipeMismatch,
+    StorageUnavailable,
 )
 from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
-from lorafleet.core.manifest import REFERENCE_PATTERN
+from lorafleet.core.manifest import REFERENCE_PATTERN, Manifest
 from lorafleet.core.metrics import (
     ADAPTER_USES,
     BACKLOG_SECONDS,
@@ -66,6 +67,13 @@ class Backend(Protocol):
     def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         """As `generate`, event by event; dearer. Closed, it calls off what is not done."""
 
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        """Checks what was handed in at the registry against the base, and pushes it. Raises LorafleetError."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Nobody has asked for long, so that no replica runs; one will as soon as somebody does."""
+
 
 class Service:
     """Admission, limits and deadlines around a backend."""
@@ -111,7 +119,7 @@ class Service:
 
         `base` and `start` are what a recipe asks for: it would not make the same image from anything else.
         """
-        model = self.known_model or await self.model()
+        model = await self._known_model()
         names = [f"adapters.{place}.name" for place in range(len(request.adapters))]
         if model_id is not None and model_id != model.ref.id:
             request, names = self._with_model(request, model_id, model), ["model", *names]
@@ -170,6 +178,26 @@ class Service:
         events = self._tried(work, self.settings.jobs.timeout_s, tries)
         return Run(events, on_end=lambda run: self._ended(run, work, place))
 
+    async def push(self, name: str, file: BinaryIO) -> Manifest:
+        """Makes a file the newest version of an adapter. The base, which only a replica has, says whether it fits.
+
+        Raises AdapterTooLarge, AdapterUnreadable, AdapterIncompatible, NotReady and StorageUnavailable.
+        """
+        registry = self.fleet.registry
+        handed_in = await self.fleet.ask(lambda: registry.hand_in(file), timeout_s=None)
+        try:
+            return await self._backend.push(name, handed_in)
+        finally:
+            self.fleet.forget(name)
+            with suppress(StorageUnavailable):  # then `gc` finds it
+                await asyncio.shield(self.fleet.ask(lambda: registry.withdraw(handed_in)))
+
+    async def health(self) -> list[str]:
+        """What the service works without. Raises NotReady when it does not."""
+        problems = [] if self._backend.is_asleep else list((await self.model()).problems)
+        silent = await self.fleet.probe() if self.settings.engine.bank is not None else None
+        return problems if silent is None else [silent, *problems]
+
     async def generate(self, work: Work, terms: Terms = ANY_TERMS) -> GenerationResult:
         """All images; the work is called off when the caller leaves."""
         run = await self.start(work, terms, is_detailed=False)
@@ -198,18 +226,46 @@ class Service:
         self.fleet.close()
         await self._cache.close()
 
+    async def adapter_model(self, model_id: str) -> Manifest:
+        """The adapter that the id of a model other than the base means. Raises ModelNotFound, NotReady, what keeps it
+        from being served, and StorageUnavailable."""
+        model = await self._known_model()
+        self._check_adapter_id(model_id, model)
+        return (await self._adapter(AdapterUse(name=model_id), "model", model)).manifest
+
+    def unfit(self, manifest: Manifest, model: ModelInfo) -> str | None:
+        """Why an adapter cannot be served on the base that is loaded, None if it can; to go after its name."""
+        bank = self.settings.engine.bank
+        if manifest.base_fingerprint not in (None, model.ref.fingerprint):
+            return (
+                f"was trained on another base ({manifest.base_fingerprint[:12]}) than {model.ref.id} "
+                f"({model.ref.fingerprint[:12]}), which is loaded: use an adapter of this one"
+            )
+        if bank is not None and manifest.rank > bank.max_rank:
+            return f"has rank {manifest.rank}, here at most {bank.max_rank} are served: raise engine.bank.max_rank"
+        return None
+
+    async def _known_model(self) -> ModelInfo:
+        return self.known_model or await self.model()
+
     def _with_model(self, request: GenerationRequest, model_id: str, model: ModelInfo) -> GenerationRequest:
         """The request with the adapter that it names as its model. Raises ModelNotFound, InvalidRequest."""
-        if not re.fullmatch(REFERENCE_PATTERN, model_id):
-            raise ModelNotFound(
-                f"no model {short(model_id)}: known are {model.ref.id} and the adapters that GET /v1/models lists",
-                param="model",
-            )
+        self._check_adapter_id(model_id, model)
         if len(request.adapters) == MAX_ADAPTERS:
             raise InvalidRequest(
                 f"adapters may be {MAX_ADAPTERS - 1} where model names one more, got {MAX_ADAPTERS}", param="adapters"
             )
         return request.model_copy(update={"adapters": [AdapterUse(name=model_id), *request.adapters]})
+
+    def _check_adapter_id(self, model_id: str, model: ModelInfo) -> None:
+        """Raises ModelNotFound for what cannot be an adapter's."""
+        if self.settings.engine.bank is None:
+            raise ModelNotFound(f"no model {short(model_id)}: known is {model.ref.id}", param="model")
+        if not re.fullmatch(REFERENCE_PATTERN, model_id):
+            raise ModelNotFound(
+                f"no model {short(model_id)}: known are {model.ref.id} and the adapters that GET /v1/models lists",
+                param="model",
+            )
 
     async def _adapters(
         self, asked: Sequence[AdapterUse], names: Sequence[str], model: ModelInfo
@@ -230,20 +286,9 @@ class Service:
                     f"no model {use.name}: known are {model.ref.id} and the adapters; {error.message}", param=param
                 ) from error
             raise type(error)(error.message, param=param) from error
-        manifest, bank = chosen.manifest, self.settings.engine.bank
-        if manifest.base_fingerprint not in (None, model.ref.fingerprint):
-            raise AdapterIncompatible(
-                f"{use.name} was trained on another base ({manifest.base_fingerprint[:12]}) than {model.ref.id} "
-                f"({model.ref.fingerprint[:12]}), which is loaded: use an adapter of this one",
-                param=param,
-            )
-        if bank is not None and manifest.rank > bank.max_rank:
-            raise AdapterIncompatible(
-                f"{use.name} has rank {manifest.rank}, here at most {bank.max_rank} are served: raise "
-                "engine.bank.max_rank",
-                param=param,
-            )
-        return WorkAdapter(manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
+        if (reason := self.unfit(chosen.manifest, model)) is not None:
+            raise AdapterIncompatible(f"{use.name} {reason}", param=param)
+        return WorkAdapter(chosen.manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
 
     def _ended(self, run: Run, work: Work, place: Place) -> None:
         place.leave(is_done=run.is_good)

@@ -1,5 +1,6 @@
 """How a start fails when only the replica can see why. In a process of its own: one process has one Ray."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,3 +42,11 @@ def test_no_ray_at_the_given_address_is_told_at_once(free_port: Callable[[], int
     result = start(f"port={free_port()}", "ray_address=127.0.0.1:9")
     assert result.returncode == 1
     assert result.stderr.startswith("no Ray cluster answers at ray_address=127.0.0.1:9: ")
+
+
+def test_ray_imported_too_early_to_get_a_token_is_told(free_port: Callable[[], int]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", "import ray\n" + START, f"port={free_port()}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith("ray was imported before it could be given an access token: ")

@@ -79,7 +79,7 @@ def test_png_bytes_tell_their_seed_and_id(http: httpx.Client) -> None:
 
 def test_openais_own_client(service_url: str) -> None:
     client = openai.OpenAI(base_url=f"{service_url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["emojixl"]
+    assert "emojixl" in [model.id for model in client.models.list()]
     assert client.models.retrieve("emojixl").owned_by == "lorafleet"
     reply = client.images.generate(
         prompt="red apple on a blue background",

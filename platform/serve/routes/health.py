@@ -17,6 +17,7 @@ def add(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", tags=["health"], responses=errors(503))
     @app.get("/v2/health/ready", tags=["health"], responses=errors(503))
     async def ready() -> Status:
-        """A replica has its model loaded and takes requests."""
-        await service.model()
-        return Status(status="ready")
+        """A replica has its model loaded and takes requests, or will as soon as somebody asks. `degraded` with reasons
+        where it works without the registry or an adapter that was to be preloaded."""
+        reasons = await service.health()
+        return Status(status="degraded" if reasons else "ready", reasons=reasons)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.metrics import Metric, Recorder
 from lorafleet.sdxl.base import Base, load_base
 from lorafleet.sdxl.config import BaseConfig
@@ -18,6 +19,7 @@ from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
 from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.service import Backend
 from lorafleet.serve.work import Work
 
 
@@ -66,6 +68,11 @@ class LocalBackend:
     def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         return self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)
 
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        return await asyncio.to_thread(self._pipeline.push, name, handed_in)
+
+    is_asleep = False
+
 
 @pytest.fixture(scope="session")
 def emojixl() -> Base:
@@ -86,11 +93,17 @@ def running_pipeline() -> Iterator[Pipeline]:
 
 
 @pytest.fixture
+def backend_of() -> type[LocalBackend]:
+    return LocalBackend
+
+
+@pytest.fixture
 def make_app(running_pipeline: Pipeline) -> Callable[..., FastAPI]:
-    def make(recorder: Recorder | None = None, **settings: object) -> FastAPI:
+    def make(recorder: Recorder | None = None, backend: Backend | None = None, **settings: object) -> FastAPI:
         """Without a cache, unless it is set: what a test asks for is made."""
         settings = {"cache": {"max_bytes": 0}, **settings}
-        return create_app(ServeSettings.model_validate(settings), LocalBackend(running_pipeline), recorder=recorder)
+        backend = backend or LocalBackend(running_pipeline)
+        return create_app(ServeSettings.model_validate(settings), backend, recorder=recorder)
 
     return make
 

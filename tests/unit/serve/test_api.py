@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from lorafleet.core.errors import NotReady
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.recipe import extract
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
@@ -215,6 +216,11 @@ class BrokenBackend:
     async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         raise self.error
         yield Queued()
+
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        raise self.error
+
+    is_asleep = False
 
 
 def test_no_replica_is_not_ready(client_of: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from lorafleet.core.errors import JobNotFound, NotReady
+from lorafleet.core.manifest import Manifest
 from lorafleet.serve.api import create_app
 from lorafleet.serve.cache import MemoryCache, RedisCache
 from lorafleet.serve.config import CacheSettings, JobSettings, ServeSettings
@@ -170,6 +171,11 @@ class LosingBackend:
             raise NotReady("the replica went away")
         yield Image(1, work.request.seed + 1, b"second")
         yield Done({"total_s": 1.0}, [])
+
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        raise AssertionError
+
+    is_asleep = False
 
 
 @pytest.mark.parametrize(("losses", "status", "calls"), [(0, "succeeded", 1), (1, "succeeded", 2), (2, "failed", 2)])

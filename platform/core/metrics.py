@@ -1,8 +1,8 @@
 """Every metric of this project: its name, kind, labels and buckets stand here and nowhere else.
 
-A name is `lorafleet_<part>_<thing>_<unit>`; the parts of serving are gateway, router, replica and engine. (`train` and
-`eval` are kept free for training and evaluation.) Whatever Ray hosts sends them through Ray, which puts `ray_` in front
-and adds labels of its own; each then has `REPLICA_LABEL` too.
+A name is `lorafleet_<part>_<thing>_<unit>`; the parts of serving are gateway, router, replica and engine, that of
+training is train. (`eval` is kept free for evaluation.) Whatever Ray hosts sends them through Ray, which puts `ray_`
+in front and adds labels of its own; each of serving then has `REPLICA_LABEL` too.
 
 Labels are bounded: routes, HTTP's methods, statuses, error codes and words listed here; names of adapters by
 `FirstComers`. A histogram's `_sum` is approximate through Ray 2.60, and so is an average (Ray sends counts of buckets,
@@ -214,6 +214,23 @@ COMPILED_GRAPHS: Final = Metric(
     "gauge",
     "Graphs that torch.compile has made in the process; it does not grow once the replica is ready.",
 )
+
+# ---- training: of one run, in its process or its first worker's; no labels ----
+
+TRAIN_STEP: Final = Metric("lorafleet_train_step", "gauge", "Steps taken.")
+TRAIN_EPOCH: Final = Metric("lorafleet_train_epoch", "gauge", "Epoch of the last step, from 0.")
+TRAIN_LOSS: Final = Metric("lorafleet_train_loss", "gauge", "Loss of the last step, weights of the objective included.")
+TRAIN_LEARNING_RATE: Final = Metric("lorafleet_train_learning_rate", "gauge", "Learning rate of the last step.")
+TRAIN_GRADIENT_NORM: Final = Metric(
+    "lorafleet_train_gradient_norm", "gauge", "Norm of the last step's gradient, before clipping."
+)
+TRAIN_IMAGES_PER_SECOND: Final = Metric(
+    "lorafleet_train_images_per_second", "gauge", "Images a second of the last step, all workers."
+)
+TRAIN_VALIDATION_LOSS: Final = Metric(
+    "lorafleet_train_validation_loss", "gauge", "Loss on held-out images at eight fixed timesteps."
+)
+TRAIN_CLIP_SCORE: Final = Metric("lorafleet_train_clip_score", "gauge", "Mean CLIP score of the last sample pictures.")
 
 ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 

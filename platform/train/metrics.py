@@ -4,19 +4,29 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from lorafleet.core.errors import ConfigError
+from lorafleet.core.metrics import (
+    TRAIN_CLIP_SCORE,
+    TRAIN_EPOCH,
+    TRAIN_GRADIENT_NORM,
+    TRAIN_IMAGES_PER_SECOND,
+    TRAIN_LEARNING_RATE,
+    TRAIN_LOSS,
+    TRAIN_STEP,
+    TRAIN_VALIDATION_LOSS,
+    Metric,
+)
 from lorafleet.train.watch import SampleReport
 
-GAUGES: Final[Mapping[str, tuple[str, str]]] = {
-    "train/loss": ("lorafleet_train_loss", "Loss of the last step, weights of the objective included."),
-    "train/lr": ("lorafleet_train_learning_rate", "Learning rate of the last step."),
-    "train/gradient_norm": ("lorafleet_train_gradient_norm", "Norm of the last step's gradient, before clipping."),
-    "train/images_per_second": ("lorafleet_train_images_per_second", "Images a second of the last step, all workers."),
-    "train/epoch": ("lorafleet_train_epoch", "Epoch of the last step, from 0."),
-    "validation/loss": ("lorafleet_train_validation_loss", "Loss on held-out images at eight fixed timesteps."),
-    "validation/clip_score": ("lorafleet_train_clip_score", "Mean CLIP score of the last sample pictures."),
+GAUGES: Final[Mapping[str, Metric]] = {
+    "train/loss": TRAIN_LOSS,
+    "train/lr": TRAIN_LEARNING_RATE,
+    "train/gradient_norm": TRAIN_GRADIENT_NORM,
+    "train/images_per_second": TRAIN_IMAGES_PER_SECOND,
+    "train/epoch": TRAIN_EPOCH,
+    "validation/loss": TRAIN_VALIDATION_LOSS,
+    "validation/clip_score": TRAIN_CLIP_SCORE,
 }
-"""Name and description by the name that other trackers use. One run has a process, so there are no labels."""
-STEP: Final = ("lorafleet_train_step", "Steps taken.")
+"""By the name that other trackers use. One run has a process, so there are no labels."""
 
 SetGauge = Callable[[float], object]
 
@@ -24,9 +34,9 @@ SetGauge = Callable[[float], object]
 class Metrics:
     """A Tracker that sets gauges."""
 
-    def __init__(self, make_gauge: Callable[[str, str], SetGauge], close: Callable[[], None] = lambda: None) -> None:
-        self._gauges = {key: make_gauge(*about) for key, about in GAUGES.items()}
-        self._step = make_gauge(*STEP)
+    def __init__(self, make_gauge: Callable[[Metric], SetGauge], close: Callable[[], None] = lambda: None) -> None:
+        self._gauges = {key: make_gauge(metric) for key, metric in GAUGES.items()}
+        self._step = make_gauge(TRAIN_STEP)
         self._close = close
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -60,15 +70,15 @@ def served_metrics(port: int) -> Metrics:
         server.server_close()
         thread.join()
 
-    return Metrics(lambda name, about: Gauge(name, about, registry=registry).set, close)
+    return Metrics(lambda metric: Gauge(metric.name, metric.description, registry=registry).set, close)
 
 
 def ray_metrics() -> Metrics:
     """Gauges that Ray gathers from its workers; it puts `ray_` in front of their names."""
     from ray.util.metrics import Gauge
 
-    def make_gauge(name: str, about: str) -> SetGauge:
-        gauge: Any = Gauge(name, description=about)
+    def make_gauge(metric: Metric) -> SetGauge:
+        gauge: Any = Gauge(metric.name, description=metric.description)
         return lambda value: gauge.set(value)
 
     return Metrics(make_gauge)

@@ -64,7 +64,9 @@ class SampleKeys:
 
 def hash_bits(keys: torch.Tensor, count: int) -> torch.Tensor:
     """keys: int32 [B] -> int32 [B, count], bits that look independent for each key and place."""
-    places = _mix(torch.arange(count, dtype=torch.int32, device=keys.device) * _GOLDEN)
+    # No product with the places themselves: Inductor would fold it into its index arithmetic, where with a tensor's
+    # strides it leaves int32, and Triton refuses it.
+    places = _mix(torch.arange(count, dtype=torch.int32, device=keys.device) ^ _GOLDEN)
     return _mix(places[None, :] ^ keys[:, None])
 
 

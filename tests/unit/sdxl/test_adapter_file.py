@@ -80,6 +80,7 @@ def test_the_facts_of_a_file(adapter: Adapter, targets: Targets, tmp_path: Path,
         "trigger_words": ("plush toy",),
         "base_fingerprint": targets.fingerprint,
         "fits_fingerprint": targets.fingerprint,
+        "training": None,
     }
 
 

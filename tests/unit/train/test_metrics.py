@@ -6,6 +6,7 @@ import urllib.request
 import pytest
 
 from lorafleet.core.errors import ConfigError
+from lorafleet.core.metrics import ALL, TRAIN_STEP
 from lorafleet.train.metrics import GAUGES, served_metrics
 from lorafleet.train.watch import StepReport, step_numbers
 
@@ -25,3 +26,4 @@ def test_a_step_can_be_scraped_until_the_run_ends() -> None:
     for line in ("lorafleet_train_loss 0.25", "lorafleet_train_images_per_second 16.0", "lorafleet_train_step 7.0"):
         assert line in page.splitlines()
     assert set(step_numbers(report)) <= set(GAUGES)
+    assert {*GAUGES.values(), TRAIN_STEP} == {metric for metric in ALL if metric.name.startswith("lorafleet_train_")}

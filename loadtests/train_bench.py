@@ -106,7 +106,11 @@ def main() -> None:
         if time.perf_counter() - started > given.budget_s:
             print(f"[{variant}] left out: the budget is spent", flush=True)
             continue
-        row = {"variant": variant, **run(given.base, variant)}
+        try:
+            row = {"variant": variant, **run(given.base, variant)}
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            print(f"[{variant}] failed: {str(error).splitlines()[0]}", flush=True)
+            continue
         rows.append(row)
         print(f"[{variant}] {json.dumps({k: v for k, v in row.items() if k != 'variant'})}", flush=True)
         if given.json:

@@ -38,10 +38,13 @@ class KeyedDropout(torch.nn.Module):
     is shared by all modules of an adapter.
     """
 
+    module_key: torch.Tensor
+
     def __init__(self, p: float, module_key: int, keys: "SampleKeys") -> None:
         super().__init__()
         self.p = p
-        self.module_key = module_key
+        # A tensor: a number would be a constant of the compiled block, and every block would be compiled anew.
+        self.register_buffer("module_key", torch.tensor(module_key, dtype=torch.int32), persistent=False)
         self.keys = keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,9 @@ check: .venv/dev ## formatting, lint, types, directions of imports
 	$(BIN)/python scripts/typecheck.py
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/serve ## images per second and latency of diffusers and our engine, with and without adapters; 3 minutes
+bench: .venv/serve ## images per second and latency of diffusers and our engine, with and without adapters, then what HTTP adds
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python loadtests/engine_bench.py $(ARGS)
+	PYTHONPATH=scripts $(BIN)/python loadtests/http_bench.py
 
 bench-http: .venv/serve ## requests per second and latency, in one process and over HTTP
 	PYTHONPATH=scripts $(BIN)/python loadtests/http_bench.py $(ARGS)

@@ -1,5 +1,7 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
+`plane_p50_ms` is what HTTP, gateway, router and Ray add: a request's latency less the `total_s` that the replica tells.
+
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """
 
@@ -7,14 +9,22 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from service import running_service
 
 from lorafleet.client import Client
 from lorafleet.core.generation import GenerationRequest
+
+
+class Made(Protocol):
+    """Images with the seconds that they took by stage, `total_s` all of them."""
+
+    @property
+    def timings(self) -> Mapping[str, float]: ...
 
 
 def main() -> None:
@@ -42,7 +52,7 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1))
 
 
-def pipeline() -> Callable[[GenerationRequest], object]:
+def pipeline() -> Callable[[GenerationRequest], Made]:
     from lorafleet.sdxl.base import load_base
     from lorafleet.sdxl.config import BaseConfig
     from lorafleet.serve.pipeline import Pipeline
@@ -56,29 +66,34 @@ def over_http(url: str, wanted: list[GenerationRequest], concurrency: int) -> di
 
 
 def measure(
-    generate: Callable[[GenerationRequest], object], wanted: list[GenerationRequest], concurrency: int
+    generate: Callable[[GenerationRequest], Made], wanted: list[GenerationRequest], concurrency: int
 ) -> dict[str, float]:
     """Figures of all requests, after one that warms everything up."""
     generate(wanted[0])
 
-    def timed(request: GenerationRequest) -> float:
+    def timed(request: GenerationRequest) -> tuple[float, float]:
+        """Seconds in all, and those of them that are not the replica's."""
         start = time.perf_counter()
-        generate(request)
-        return time.perf_counter() - start
+        made = generate(request)
+        seconds = time.perf_counter() - start
+        return seconds, seconds - made.timings["total_s"]
 
     start = time.perf_counter()
     if concurrency == 1:
         # In a thread of its own torch would get a second OpenMP pool; both spin, and a step takes twice as long.
-        latencies_s = sorted(map(timed, wanted))
+        times = list(map(timed, wanted))
     else:
         with ThreadPoolExecutor(concurrency) as pool:
-            latencies_s = sorted(pool.map(timed, wanted))
+            times = list(pool.map(timed, wanted))
     total_s = time.perf_counter() - start
+    latencies_s, plane_s = sorted(seconds for seconds, _ in times), sorted(plane for _, plane in times)
     return {
         "requests/s": len(wanted) / total_s,
         "median_s": statistics.median(latencies_s),
         "p95_s": latencies_s[min(len(latencies_s) - 1, int(0.95 * len(latencies_s)))],
         "max_s": latencies_s[-1],
+        "plane_p50_ms": 1000 * statistics.median(plane_s),
+        "plane_p95_ms": 1000 * plane_s[min(len(plane_s) - 1, int(0.95 * len(plane_s)))],
     }
 
 

@@ -7,7 +7,8 @@ import torch
 
 from lorafleet.serve.engine.bank import AdapterBank
 from lorafleet.serve.engine.sampler import Sampler
-from lorafleet.serve.engine.unet_runner import UNetInputs, UNetRunner
+from lorafleet.serve.engine.unet_inputs import UNetInputs
+from lorafleet.serve.engine.unet_runner import UNetRunner
 
 Outcome = torch.Tensor | Exception
 

@@ -8,8 +8,12 @@ from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Job
 
 
-def check_job(job: Job, bank: AdapterBank | None) -> None:
+def check_job(job: Job, bank: AdapterBank | None, *, reuses_steps: bool) -> None:
     """Raises InvalidRequest for what no step could ever be taken for."""
+    if job.request.step_reuse > 1 and not reuses_steps:
+        raise InvalidRequest(
+            "step_reuse must be 1, nothing else is served here: set engine.step_reuse=true", param="step_reuse"
+        )
     _check_image(job)
     _check_adapters(job, bank)
 

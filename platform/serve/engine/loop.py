@@ -103,6 +103,7 @@ class Engine:
             cuda_graphs=cuda_graphs,
             cross_attention=self._cross_attention,
             has_bank=self.bank is not None,
+            reuses_steps=self.settings.step_reuse,
         )
         self._last_step: torch.cuda.Event | None = None
         self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank, self._ends.encode)
@@ -182,9 +183,9 @@ class Engine:
 
     def submit(self, job: Job) -> Handle:
         """Queues a job. Raises InvalidRequest (a size or step count this base cannot do, adapters that no bank could
-        hold), or NotReady when the engine is closed or has failed."""
+        hold, steps reused where that is off), or NotReady when the engine is closed or has failed."""
         self.base.limits.check(job.request)
-        check_job(job, self.bank)
+        check_job(job, self.bank, reuses_steps=self._unet.reuses_steps)
         run = Run(job, self.base.limits.size_of(job.request), on_cancel=self._wake.set)
         with self._lock:
             if self._is_closed or self.failure is not None:

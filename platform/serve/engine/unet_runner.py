@@ -52,8 +52,7 @@ class UNetRunner:
         self.cuda_graphs = cuda_graphs
         self._has_bank = has_bank
         self._pool: Any = None
-        # by whether any row has adapters
-        self._graphs: dict[Shape, dict[bool, Recording]] = {}
+        self._graphs: dict[Shape, dict[bool, Recording]] = {}  # then by whether any row has adapters
         self._outer_graphs: dict[Shape, dict[bool, Recording]] = {}
         self._deep: dict[Shape, torch.Tensor] = {}  # where graphs leave and find it, one memory for all of a size
         self._compiled_shapes: set[Shape] = set()
@@ -184,12 +183,16 @@ class UNetRunner:
         return UNetInputs.blank(self._base, *shape, with_text=self.cross_attention is None)
 
     def _call(self, inputs: UNetInputs) -> torch.Tensor:
-        output: torch.Tensor = self._model(
-            inputs.sample,
-            inputs.timesteps,
-            encoder_hidden_states=inputs.hidden,
-            timestep_cond=inputs.guidance,
-            added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
-            return_dict=False,
-        )[0]
+        if self.reuses_steps and self.has_shapes:
+            # compiled once, for batches with jobs that reuse steps and for others
+            output: torch.Tensor = self._whole(inputs)[0]
+        else:
+            output = self._model(
+                inputs.sample,
+                inputs.timesteps,
+                encoder_hidden_states=inputs.hidden,
+                timestep_cond=inputs.guidance,
+                added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
+                return_dict=False,
+            )[0]
         return output

@@ -5,6 +5,7 @@ That each image is the reference's, whatever its neighbours, is for `test_oracle
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,6 @@ from lorafleet.core.errors import ConfigError, InvalidRequest
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.engine import Engine, Job
-from lorafleet.serve.engine.step_reuse import TwoPartUNet
-from lorafleet.serve.engine.unet_inputs import UNetInputs
 
 MakeEngine = Callable[..., Engine]
 
@@ -87,15 +86,19 @@ def test_who_does_not_serve_it_says_so(emojixl: Base, make_engine: MakeEngine, m
 
 
 @pytest.mark.nightly
-def test_parts_compile_whole_and_for_other_inputs_not_again(emojixl: Base) -> None:
-    parts = TwoPartUNet(emojixl)
-    whole, outer = (
-        torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=False) for call in (parts.whole, parts.outer)
-    )
-    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
-            inputs, others = (UNetInputs.blank(emojixl, 2, 8, 8) for _ in range(2))
-            output, deep = whole(inputs)
-            expected = parts.whole(inputs)
-            torch.testing.assert_close((output, deep), expected)
-            torch.testing.assert_close(outer(others, deep), parts.outer(others, expected[1]))
+def test_after_the_start_nothing_compiles_whoever_reuses_what(
+    make_engine: MakeEngine, oracle: Callable[[Job], Any], pixels: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    settings = {"exact": False, "row_buckets": (2, 4), "warm_sizes": ((64, 64),)}
+    engine = make_engine(**settings, compile="full", step_reuse=True)
+    engine.warm_up()
+    counters = torch._dynamo.utils.counters["stats"]
+    compiled = dict(counters)
+    assert compiled["unique_graphs"] >= 4
+    for jobs in ([job()], [job(2)], [job(), job(3)], [job(2), job(5)]):
+        handles = [engine.submit(one) for one in jobs]
+        engine.run_until_idle()
+        for handle in handles:
+            assert abs(pixels(handle.result().image) - oracle(handle.job)).max() < 2
+    assert dict(counters) == compiled

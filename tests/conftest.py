@@ -15,7 +15,7 @@ from lorafleet.core.local_ray import prepare_local_ray
 # process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one. Set before torch is there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KINDS = ("unit", "integration", "e2e", "gpu")
+KINDS = ("unit", "deploy", "integration", "e2e", "gpu")
 
 
 def _has_gpu() -> str | None:

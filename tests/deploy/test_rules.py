@@ -124,7 +124,7 @@ def test_the_routes_that_count_exist(repo: Path) -> None:
         assert any(re.fullmatch(part, path) for path in known), part
     images = next(pattern for pattern in patterns if "generate" in pattern)
     made = {path for path in known if re.fullmatch(images, path)}
-    assert made == {"/generate", "/v1/images/generations", "/v1/images/edits", "/models/{name}"}
+    assert made == {"/generate", "/v1/images/generations", "/v1/images/edits", "/models/{name:path}"}
 
 
 def test_every_metric_that_is_asked_for_is_declared_and_the_other_way_round(repo: Path) -> None:

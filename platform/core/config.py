@@ -71,6 +71,11 @@ def home(environ: Mapping[str, str] | None = None) -> Path:
     return Path(value).expanduser().absolute() if value else Path.home() / ".lorafleet"
 
 
+def otlp_endpoint(environ: Mapping[str, str] | None = None) -> str | None:
+    """Where OpenTelemetry's own variable wants traces to go."""
+    return (os.environ if environ is None else environ).get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
 def required(environ: Mapping[str, str] | None = None) -> frozenset[str]:
     """Names in LORAFLEET_REQUIRE: optional things whose absence must fail a test instead of skipping it."""
     value = (os.environ if environ is None else environ).get("LORAFLEET_REQUIRE", "")

@@ -25,6 +25,7 @@ from lorafleet.core.errors import ConfigError, LorafleetError, NotReady
 from lorafleet.core.local_ray import prepare_local_ray
 from lorafleet.sdxl.folder import find_base
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.tracing import endpoint
 
 APP_NAME: Final = "lorafleet"
 OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # holds images on their way; Ray's default is a third of the memory
@@ -71,6 +72,7 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
     if settings.metrics_port is not None:
         check_port(LOOPBACK, settings.metrics_port, "metrics_port")
     find_base(settings.base)
+    endpoint(settings)
     with _ray(settings):
         _check(stop)
         from ray import serve
@@ -175,7 +177,9 @@ def _deploy(settings: ServeSettings) -> None:
 
     from lorafleet.serve.deploy import application
 
-    log = LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)
+    log = LoggingConfig(
+        log_level=settings.log_level.upper(), enable_access_log=False, encoding=settings.log_format.upper()
+    )
     http = {"host": settings.host, "port": settings.port}
     app = application(settings, may_grow=False)
     with _one_sentence("Ray Serve did not start"):  # the port may have been taken since it was checked, by Ray too

@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train clean
+.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train monitor dashboards clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -47,6 +47,12 @@ bench-train: .venv/train ## images per second and memory of training, beside a l
 
 bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, kill, scale
 	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push kill scale)
+
+monitor: .venv/serve ## Prometheus beside a service that runs with metrics_port=9400 (ARGS="--metrics-port N" for another)
+	$(BIN)/python scripts/monitor.py $(ARGS)
+
+dashboards: .venv/dev ## write Grafana's dashboards anew from scripts/dashboard_panels.py
+	$(BIN)/python scripts/dashboards.py
 
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,7 @@
 """A real Prometheus on the running service: what dashboards show and alerts look at arrives."""
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import subprocess
@@ -41,12 +42,21 @@ RARE = {
 """Counters that Ray has only once they counted something (it takes no 0), and what a short load need not do."""
 SETTLED_S = 40.0
 APPLE = {"prompt": "red apple on a blue background", "steps": 2, "seed": 7}
-HEAVY = {"prompt": "x", "steps": 60, "width": 256, "height": 256}
+BUSY = {**APPLE, "steps": 20}
 
 
 class Prometheus:
     def __init__(self, address: str) -> None:
         self._http = httpx.Client(base_url=address)
+        self.close = self._http.close
+
+    def wait_until_ready(self) -> None:
+        for _ in range(300):
+            with contextlib.suppress(httpx.TransportError):
+                if self._http.get("/-/ready").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError("Prometheus does not start")
 
     def get(self, path: str, **params: str) -> Any:
         reply = self._http.get(f"/api/v1/{path}", params=params)
@@ -54,7 +64,9 @@ class Prometheus:
         return reply.json()["data"]
 
     def has(self, expr: str) -> bool:
-        return bool(self.get("query", query=expr)["result"])
+        """Within the last half minute, as a graph would show it: of a node, Ray tells every five seconds only."""
+        now = time.time()
+        return bool(self.get("query_range", query=expr, start=str(now - 30), end=str(now), step="1")["result"])
 
     def value(self, expr: str) -> float:
         (one,) = self.get("query", query=expr)["result"]
@@ -80,18 +92,12 @@ def prometheus(
     config = folder / "prometheus.yaml"
     config.write_text(yaml.safe_dump(monitor.prometheus_config([metrics_port, train_port], "1s")))
     process = subprocess.Popen(monitor.prometheus_command(program, config, folder / "data", port))
-    address = f"http://127.0.0.1:{port}"
+    server = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{address}/-/ready").status_code == 200:
-                    break
-            except httpx.ConnectError:
-                pass
-            time.sleep(0.1)
-        yield Prometheus(address)
+        server.wait_until_ready()
+        yield server
     finally:
+        server.close()
         process.terminate()
         process.wait()
         training.close()
@@ -119,8 +125,8 @@ def load(http: httpx.Client, adapter: str) -> None:
     job = http.post("/v1/jobs", json=APPLE).json()["id"]
     assert "event: done" in http.get(f"/v1/jobs/{job}/events").text
     with concurrent.futures.ThreadPoolExecutor(6) as clients:
-        statuses = list(clients.map(lambda _: http.post("/generate", json=HEAVY).status_code, range(6)))
-    assert set(statuses) <= {200, 429}
+        statuses = list(clients.map(lambda _: http.post("/generate", json=BUSY).status_code, range(6)))
+    assert set(statuses) <= {200, 429, 504}
 
 
 def substituted(expr: str) -> str:
@@ -185,11 +191,10 @@ def test_every_panel_and_every_alert_has_data(
     assert len(elsewhere) >= 8  # else the list of excuses is longer than it need be
 
 
-def test_rules_are_evaluated_and_scrapes_are_whole(prometheus: Prometheus, http: httpx.Client, adapter: str) -> None:
-    load(http, adapter)
+def test_rules_are_evaluated_and_scrapes_are_whole(prometheus: Prometheus) -> None:
     groups = prometheus.get("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, [rule for rule in rules if rule.get("lastError")]
+    assert {rule["health"] for rule in rules} == {"ok"}, [rule for rule in rules if rule["health"] != "ok"]
     assert {target["health"] for target in prometheus.get("targets")["activeTargets"]} == {"up"}
     # dropping WorkerId makes no two series one
     assert prometheus.own("prometheus_target_scrapes_sample_duplicate_timestamp_total") == 0
@@ -197,12 +202,10 @@ def test_rules_are_evaluated_and_scrapes_are_whole(prometheus: Prometheus, http:
     assert not prometheus.has('ALERTS{alertname="LorafleetNoData"}')
 
 
-def test_errors_of_clients_do_not_burn_the_budget(prometheus: Prometheus, http: httpx.Client, adapter: str) -> None:
-    load(http, adapter)
+def test_what_clients_get_wrong_does_not_burn_the_budget(http: httpx.Client, prometheus: Prometheus) -> None:
+    for _ in range(5):
+        assert http.post("/generate", json={**APPLE, "steps": 0}).status_code == 422
     assert prometheus.value('sum(ray_lorafleet_gateway_requests_total{status=~"4.."})') > 0
-    assert prometheus.value("lorafleet:requests:rate5m") > 0
-    refused = 'sum(rate(ray_lorafleet_gateway_requests_total{status=~"5.."}[5m])) or vector(0)'
-    assert (
-        prometheus.value("lorafleet:request_errors:ratio_rate5m")
-        <= prometheus.value(refused) / prometheus.value("lorafleet:requests:rate5m") + 0.05
-    )
+    errors = prometheus.value('sum(rate(ray_lorafleet_gateway_requests_total{status=~"5.."}[5m])) or vector(0)')
+    ratio = prometheus.value("lorafleet:request_errors:ratio_rate5m")
+    assert ratio == pytest.approx(errors / prometheus.value("lorafleet:requests:rate5m"), abs=0.05)

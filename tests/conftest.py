@@ -15,7 +15,7 @@ from lorafleet.core.local_ray import prepare_local_ray
 # process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one. Set before torch is there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KINDS = ("unit", "integration", "e2e", "gpu")
+KINDS = ("unit", "deploy", "integration", "e2e", "gpu")
 
 
 def _has_gpu() -> str | None:
@@ -30,6 +30,11 @@ def _font() -> str | None:
     return str(FONT) if FONT.exists() else None
 
 
+def _kube_tools() -> str | None:
+    folder = Path(os.environ.get("KUBE_TOOLS", ""))
+    return str(folder) if (folder / "kube_emulator.py").exists() else None
+
+
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
@@ -40,6 +45,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         "no redis-server on this machine: apt-get install redis-server",
     ),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
+    "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }
 

@@ -24,28 +24,28 @@ def _has_gpu() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+def _kube_tools() -> str | None:
+    folder = Path(os.environ.get("KUBE_TOOLS", ""))
+    return str(folder) if (folder / "kube_emulator.py").exists() else None
+
+
 def _font() -> str | None:
     from lorafleet.models.build.data import FONT
 
     return str(FONT) if FONT.exists() else None
 
 
-def _kube_tools() -> str | None:
-    folder = Path(os.environ.get("KUBE_TOOLS", ""))
-    return str(folder) if (folder / "kube_emulator.py").exists() else None
-
-
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
     "font": (_font, "no Noto Color Emoji on this machine: apt-get install fonts-noto-color-emoji"),
+    "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
     "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
     "redis-server": (
         lambda: shutil.which("redis-server"),
         "no redis-server on this machine: apt-get install redis-server",
     ),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
-    "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }
 

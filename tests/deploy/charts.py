@@ -1,5 +1,6 @@
 """Helm and the chart, and a cluster's stand-in, as the tests use them."""
 
+import json
 import os
 import subprocess
 import urllib.request
@@ -11,7 +12,8 @@ import yaml
 
 Object = dict[str, Any]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-APIS = ("ray.io/v1", "monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1")
+MONITORING = ("", "/PodMonitor", "/PrometheusRule")
+APIS = ("ray.io/v1", "gateway.networking.k8s.io/v1", *(f"monitoring.coreos.com/v1{kind}" for kind in MONITORING))
 PROMISED = ("cpu-demo", "single-gpu", "multi-gpu-s3", "ha")
 
 
@@ -72,7 +74,7 @@ class Cluster:
 
     def objects(self, kind: str, namespace: str | None = None) -> list[Object]:
         with urllib.request.urlopen(f"{self.url}/_emulator/objects") as response:
-            found = yaml.load(response.read(), LOADER)
+            found = json.load(response)
         return [o for o in found if o["kind"] == kind and namespace in (None, o["metadata"].get("namespace"))]
 
     def ready(self, name: str, status: str) -> None:

@@ -109,7 +109,10 @@ def test_what_the_schema_refuses_is_told_by_its_path(chart: Chart) -> None:
             "NewClusterWithIncrementalUpgrade needs serve.autoscaler.enabled=true",
         ),
         (serve(settings={"base": {"id": "a/b"}}), "serve.settings.base.revision is empty: name a commit of a/b"),
-        ({"weights": {"mode": "claim"}}, "weights.mode=claim but serve.settings.base.id=emojixl is not on the model hub"),
+        (
+            {"weights": {"mode": "claim"}},
+            "weights.mode=claim but serve.settings.base.id=emojixl is not on the model hub",
+        ),
         ({"adapters": [{"name": "a"}, {"name": "a"}]}, "adapters names a twice"),
         (
             {
@@ -164,8 +167,8 @@ def test_what_cannot_work_is_refused_by_a_sentence(chart: Chart, values: Object,
         ({}, "ray.io/v1", "the cluster has no ray.io/v1: install the KubeRay operator with its CRDs"),
         (
             {"monitoring": {"enabled": True}},
-            "monitoring.coreos.com/v1",
-            "the cluster has no monitoring.coreos.com/v1: install prometheus-operator",
+            "monitoring.coreos.com",
+            "prometheus-operator",
         ),
         (
             {"httpRoute": {"enabled": True, "parentRefs": [{"name": "x"}]}},
@@ -175,6 +178,6 @@ def test_what_cannot_work_is_refused_by_a_sentence(chart: Chart, values: Object,
     ],
 )
 def test_a_missing_crd_is_told(chart: Chart, values: Object, missing: str, sentence: str) -> None:
-    result = chart.template(values, apis=tuple(api for api in APIS if api != missing))
+    result = chart.template(values, apis=tuple(api for api in APIS if not api.startswith(missing)))
     assert result.returncode != 0
     assert sentence in result.stderr

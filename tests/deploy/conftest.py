@@ -34,7 +34,7 @@ def kube_tools(require: Callable[[str], str]) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(chart: Chart, kube_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With KubeRay's, prometheus-operator's and the Gateway API's CRDs, at the newest version of Kubernetes it knows."""
+    """With KubeRay's, prometheus-operator's and the Gateway API's CRDs, at the newest version of Kubernetes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -23,8 +23,8 @@ def problems(document: Object) -> list[str]:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         found.append("name is no DNS-1035 label")
     if document["kind"] == "RayService":
-        return found + [*_cluster(spec["rayClusterConfig"]), *_service(spec)]
-    return found + [*_cluster(spec["rayClusterSpec"]), *_job(spec)]
+        return [*found, *_cluster(spec["rayClusterConfig"]), *_service(spec)]
+    return [*found, *_cluster(spec["rayClusterSpec"]), *_job(spec)]
 
 
 def _cluster(spec: Object) -> Iterator[str]:

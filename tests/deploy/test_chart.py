@@ -75,7 +75,7 @@ def test_built_in_kinds_are_valid_on_the_oldest_version(rendered: Rendered, kube
     for name in PROMISED:
         for document in rendered(name):
             group = document["apiVersion"].split("/")[0]
-            if "." not in group or group.endswith(".k8s.io") and not group.startswith("gateway."):
+            if "." not in group or (group.endswith(".k8s.io") and not group.startswith("gateway.")):
                 wrong = validator.errors(validator.normalised(document), None)
                 assert wrong == [], f"{name}: {document['kind']} {document['metadata']['name']}"
 

@@ -1,4 +1,4 @@
-"""The chart in a cluster's stand-in, by the real helm and kubectl: strict schemas, waiting, changes and their way back."""
+"""The chart in a cluster's stand-in, by the real helm and kubectl: strict schemas, waiting, changes and back."""
 
 import json
 import shutil

@@ -52,10 +52,11 @@ def ray_api() -> Iterator[httpx.Client]:
     command += ["--node-ip-address", "127.0.0.1", "--port", str(free_port()), "--dashboard-port", str(port)]
     command += ["--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port())]
     command += ["--object-store-memory", str(256 << 20), "--temp-dir", str(home / "ray"), "--disable-usage-stats"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     headers = {"Authorization": f"Bearer {token}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=STARTS_S) as client:
         try:
             wait_until(lambda: process.poll() is not None or client.get("/api/version").is_success)
             assert process.poll() is None
@@ -84,7 +85,7 @@ def replicas(api: httpx.Client) -> dict[str, str]:
         assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
         deployments = application.get("deployments", {})
         for name, deployment in deployments.items():
-            seen.update({name: replica["replica_id"] for replica in deployment["replicas"]})
+            seen[name] = " ".join(replica["replica_id"] for replica in deployment["replicas"])
         return application.get("status") == "RUNNING"
 
     wait_until(is_running)

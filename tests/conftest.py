@@ -25,6 +25,11 @@ def _has_gpu() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+def _kube_tools() -> str | None:
+    folder = Path(os.environ.get("KUBE_TOOLS", ""))
+    return str(folder) if (folder / "kube_emulator.py").exists() else None
+
+
 def _font() -> str | None:
     from lorafleet.models.build.data import FONT
 
@@ -39,6 +44,7 @@ def _actionlint() -> str | None:
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
     "font": (_font, "no Noto Color Emoji on this machine: apt-get install fonts-noto-color-emoji"),
+    "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
     "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
     "redis-server": (
         lambda: shutil.which("redis-server"),

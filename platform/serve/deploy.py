@@ -7,15 +7,14 @@ Gateway and Replica alike: an edit there reconfigures them, and one of `args` re
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final
-
-import ray
-from ray import serve
+from typing import TYPE_CHECKING, Any, Final
 
 from lorafleet.core.config import load_settings
 from lorafleet.core.errors import ConfigError
-from lorafleet.serve.app import build
 from lorafleet.serve.config import LiveSettings, ServeSettings
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 ELSEWHERE: Final[Mapping[str, str]] = {
     "host": "http_options.host of this file",
@@ -28,7 +27,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
 """Settings that would do nothing in `args`, or replace replicas for nothing, and what has their place."""
 
 
-def app(args: dict[str, Any]) -> serve.Application:
+def app(args: dict[str, Any]) -> "Application":
     """For Ray Serve, which calls it on the cluster. Raises ConfigError, one sentence."""
     for name, place in ELSEWHERE.items():
         if name in args:
@@ -36,11 +35,15 @@ def app(args: dict[str, Any]) -> serve.Application:
     return application(load_settings(ServeSettings, given=args))
 
 
-def application(settings: ServeSettings, *, may_grow: bool = True) -> serve.Application:
+def application(settings: ServeSettings, *, may_grow: bool = True) -> "Application":
     """What `settings` leave out is taken from the Ray cluster that this process is connected to.
 
     Raises ConfigError when it has too few GPUs, unless it `may_grow`.
     """
+    import ray
+
+    from lorafleet.serve.app import build
+
     gpus_there: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
     gpus = settings.replica_gpus
     if gpus is None:

@@ -1,9 +1,8 @@
 {{/* A RayJob of one worker group: dict "root" $ "kind" "train" "job" (entry of values) "script" TEXT "files" (map)
-"workers" N "homeClaim" NAME "data" CLAIM. The name ends in a hash of all of it: what was run is never changed, a changed
+"workers" N (pods) "processes" N "homeClaim" NAME "data" CLAIM. The name ends in a hash of all of it: what was run is never changed, a changed
 entry is a new run. */}}
 {{- define "lorafleet.rayJob" -}}
 {{- $root := .root -}}
-{{- $values := index $root.Values .kind -}}
 {{- $spec := include "lorafleet.rayJobSpec" . -}}
 {{- $name := include "lorafleet.rayJobName" . -}}
 apiVersion: v1
@@ -39,7 +38,7 @@ spec:
 {{- $image := include "lorafleet.image" (dict "root" $root "image" $root.Values.image.serve) -}}
 entrypoint: bash /etc/lorafleet/run.sh
 {{- if gt (int $values.worker.gpu.count) 0 }}
-entrypointNumGpus: {{ ternary 0 1 (gt (int .workers) 1) }}
+entrypointNumGpus: {{ ternary 0 1 (gt .processes 1) }}
 {{- end }}
 entrypointNumCpus: 1
 submissionMode: K8sJobMode

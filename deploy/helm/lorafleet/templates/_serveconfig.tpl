@@ -11,6 +11,7 @@ changes with adapters, limits and settings, and KubeRay hands it to the cluster 
 {{- $_ := set $args "replica_gpus" $serve.replica.gpus -}}
 {{- $_ := set $args "replica_threads" $serve.replica.threads -}}
 {{- $_ := set $args "drain_s" $serve.drainSeconds -}}
+{{- $_ := set $args "log_level" (lower $serve.logLevel) -}}
 {{- with include "lorafleet.registrySettings" . | fromYaml -}}
 {{- $_ := set $args "registry" (merge (dict) . (default (dict) $args.registry)) -}}
 {{- end -}}

@@ -199,7 +199,7 @@ def test_rules_are_evaluated_and_scrapes_are_whole(prometheus: Prometheus) -> No
     # dropping WorkerId makes no two series one
     assert prometheus.own("prometheus_target_scrapes_sample_duplicate_timestamp_total") == 0
     assert not prometheus.has('{WorkerId!=""}')
-    assert not prometheus.has('ALERTS{alertname="LorafleetNoData"}')
+    assert not prometheus.has('ALERTS{alertname="LorafleetNoData", alertstate="firing"}')
 
 
 def test_what_clients_get_wrong_does_not_burn_the_budget(http: httpx.Client, prometheus: Prometheus) -> None:

@@ -4,6 +4,8 @@ PYTHON ?= python3
 # A package index for torch alone, such as one with CPU builds; empty: wherever pip looks for everything.
 TORCH_INDEX_URL ?=
 ARGS ?=
+# Processes that share the tests; 0: none beside pytest's own, for a debugger.
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -24,7 +26,7 @@ train-demo: .venv/train ## train the two sample styles and measure what they lea
 	PYTHONPATH=scripts $(BIN)/python scripts/train_demo.py $(ARGS)
 
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup $(ARGS)
 
 nightly: .venv/dev ## the long tests: 200 random mixes against diffusers and PEFT, 2,000 jobs through 4 slots: ten minutes
 	$(BIN)/python -m pytest -m nightly $(ARGS)

@@ -1,8 +1,8 @@
 """Every metric of this project: its name, kind, labels and buckets stand here and nowhere else.
 
 A name is `lorafleet_<part>_<thing>_<unit>`; the parts of serving are gateway, router, replica and engine, that of
-training is train, that of evaluation eval. Whatever Ray hosts sends them through Ray, which puts `ray_` in front and
-adds labels of its own; each of serving then has `REPLICA_LABEL` too.
+training is train, that of evaluation eval. Whatever Ray hosts sends them through Ray, which puts `ray_`
+in front and adds labels of its own; each of serving then has `REPLICA_LABEL` too.
 
 Labels are bounded: routes, HTTP's methods, statuses, error codes and words listed here; names of adapters by
 `FirstComers`. A histogram's `_sum` is approximate through Ray 2.60, and so is an average (Ray sends counts of buckets,
@@ -237,12 +237,12 @@ TRAIN_VALIDATION_LOSS: Final = Metric(
 )
 TRAIN_CLIP_SCORE: Final = Metric("lorafleet_train_clip_score", "gauge", "Mean CLIP score of the last sample pictures.")
 
-# ---- evaluation ----
+# ---- evaluation: of the last one of a suite; an adapter is a system's name, of which a run has few ----
 
 EVAL_CLIP_SCORE: Final = Metric(
     "lorafleet_eval_clip_score",
     "gauge",
-    "Mean CLIP score of a suite's images, 0 to 100. adapter: its name, or base for the base alone.",
+    "Mean CLIP score over the prompts of a suite. adapter: the system's name, base for the base model alone.",
     ("suite", "adapter"),
 )
 

@@ -14,11 +14,24 @@ from typing import Any
 import httpx
 import pytest
 
+from lorafleet.client import Client
+from lorafleet.core.manifest import Manifest
+from lorafleet.sdxl.adapter_file import base_targets
+from lorafleet.sdxl.config import BaseConfig
+from lorafleet.sdxl.lora_random import random_adapter
+from lorafleet.sdxl.lora_write import write_adapter
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.launch import running_service
 
 RAY_REPORTS_EVERY_MS = "RAY_metrics_report_interval_ms"
-SETTINGS = {"max_queued": 2, "request_timeout_s": 15.0, "replica_cpus": 0.2, "max_body_bytes": 100_000}
+ADMIN_KEY = "open-sesame-open-sesame"
+SETTINGS = {
+    "max_queued": 2,
+    "request_timeout_s": 15.0,
+    "replica_cpus": 0.2,
+    "max_body_bytes": 100_000,
+    "admin_key": ADMIN_KEY,
+}
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +133,20 @@ def http(service_url: str) -> Iterator[httpx.Client]:
     """What it asks for is made, not found."""
     with httpx.Client(base_url=service_url, timeout=60, headers={"cache-control": "no-cache"}) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def admin(service_url: str) -> Iterator[Client]:
+    """Our own client, which may change adapters."""
+    with Client(service_url, api_key=ADMIN_KEY) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def adapter(admin: Client, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """One that changes pictures plainly, pushed over HTTP."""
+    file = tmp_path_factory.mktemp("adapter") / "bold.safetensors"
+    write_adapter(
+        random_adapter(base_targets(BaseConfig()), 5, ranks=(4,), modules=r"unet\..+attn[12].+", strength=2.0), file
+    )
+    return admin.adapters.push("bold", file)

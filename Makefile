@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train clean
+.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train monitor dashboards clean chart-docs manifests image
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -49,6 +49,21 @@ bench-train: .venv/train ## images per second and memory of training, beside a l
 
 bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, kill, scale
 	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push kill scale)
+
+monitor: .venv/serve ## Prometheus beside a service that runs with metrics_port=9400 (ARGS="--metrics-port N" for another)
+	$(BIN)/python scripts/monitor.py $(ARGS)
+
+dashboards: .venv/dev ## write Grafana's dashboards anew from scripts/dashboard_panels.py
+	$(BIN)/python scripts/dashboards.py
+
+chart-docs: .venv/train ## write the chart's README.md and values.schema.json from its values.yaml
+	$(BIN)/python scripts/chart_docs.py $(ARGS)
+
+manifests: .venv/train ## write deploy/k8s from the chart; needs helm (HELM=... where it is)
+	$(BIN)/python scripts/manifests.py $(ARGS)
+
+image: ## build the image for serving without a GPU, lorafleet:dev-cpu (ARGS="--target serve-cuda --tag lorafleet:dev" for GPUs)
+	docker build $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) $(or $(ARGS),--target serve --tag lorafleet:dev-cpu) .
 
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,6 +11,7 @@ from lorafleet.sdxl.config import BaseConfig
 
 CompileMode = Literal["none", "regional", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 class BankConfig(BaseModel):
@@ -240,6 +241,19 @@ class ScalingSettings(BaseModel):
         return self
 
 
+class TracingSettings(BaseModel):
+    """Spans of requests for OpenTelemetry; its own variables (OTEL_TRACES_SAMPLER and so on) count too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s]+$",
+        description="where a collector takes OTLP over HTTP, such as http://otel-collector:4318; needs the extra otel; "
+        "left out: OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it",
+    )
+
+
 class ServeSettings(LiveSettings):
     """What is served, where, and how much of the machine it takes."""
 
@@ -310,7 +324,13 @@ class ServeSettings(LiveSettings):
     start_timeout_s: float = Field(
         default=600.0, gt=0, le=7200, description="seconds until the model must be loaded; then the start fails"
     )
-    log_level: LogLevel = Field(default="warning", description="least severity that is logged")
+    log_level: LogLevel = Field(
+        default="warning", description="least severity that is logged; info has a line for each request"
+    )
+    log_format: LogFormat = Field(
+        default="text", description="of log lines, all on stderr: text, or a JSON object each"
+    )
+    tracing: TracingSettings = Field(default_factory=TracingSettings, description="OpenTelemetry's spans of requests")
     ray_address: str | None = Field(
         default=None,
         min_length=1,

@@ -25,6 +25,7 @@ from lorafleet.core.errors import ConfigError, LorafleetError, NotReady
 from lorafleet.core.local_ray import prepare_local_ray
 from lorafleet.sdxl.folder import find_base
 from lorafleet.serve.config import ServeSettings
+from lorafleet.serve.tracing import endpoint
 
 APP_NAME: Final = "lorafleet"
 OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # holds images on their way; Ray's default is a third of the memory
@@ -71,6 +72,7 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
     if settings.metrics_port is not None:
         check_port(LOOPBACK, settings.metrics_port, "metrics_port")
     find_base(settings.base)
+    endpoint(settings)
     with _ray(settings):
         _check(stop)
         from ray import serve
@@ -170,26 +172,16 @@ def _check_reachable(address: str) -> None:
 
 
 def _deploy(settings: ServeSettings) -> None:
-    import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from lorafleet.serve.app import build
+    from lorafleet.serve.deploy import application
 
-    gpus_there: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-    gpus = settings.replica_gpus
-    if gpus is None:
-        gpus = 1.0 if gpus_there and settings.base.device in ("auto", "cuda") else 0.0
-    if gpus * settings.replicas > gpus_there:
-        raise ConfigError(
-            f"{settings.replicas} replicas with {gpus:g} GPUs each need more than the {gpus_there:g} there are: "
-            "lower replicas or replica_gpus",
-            param="replicas",
-        )
-    threads = settings.replica_threads or max(1, (os.cpu_count() or 1) // settings.most_replicas)
-    log = LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)
+    log = LoggingConfig(
+        log_level=settings.log_level.upper(), enable_access_log=False, encoding=settings.log_format.upper()
+    )
     http = {"host": settings.host, "port": settings.port}
-    app = build(settings, replica_gpus=gpus, replica_threads=threads)
+    app = application(settings, may_grow=False)
     with _one_sentence("Ray Serve did not start"):  # the port may have been taken since it was checked, by Ray too
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=log)
         serve.run_many(

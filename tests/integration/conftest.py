@@ -6,7 +6,10 @@ import random
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import httpx
 import pytest
@@ -63,6 +66,42 @@ def metrics_port(free_port: Callable[[], int]) -> int:
     return free_port()
 
 
+class Collector:
+    """Takes OTLP over HTTP: every span that came, with its service's name."""
+
+    def __init__(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        self.spans: list[tuple[str, Any]] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+                for resource in sent.resource_spans:
+                    (service,) = (a.value.string_value for a in resource.resource.attributes if a.key == "service.name")
+                    collector.spans += [(service, span) for scope in resource.scope_spans for span in scope.spans]
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
 @pytest.fixture(scope="session")
 def aws_credentials() -> Iterator[None]:
     """Any that moto's server takes; set before Ray starts, whose workers inherit them."""
@@ -74,11 +113,17 @@ def aws_credentials() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def service_url(
-    aws_credentials: None, free_port: Callable[[], int], metrics_port: int, jobs: dict[str, object]
+    aws_credentials: None,
+    free_port: Callable[[], int],
+    metrics_port: int,
+    jobs: dict[str, object],
+    collector: Collector,
 ) -> Iterator[str]:
     os.environ[RAY_REPORTS_EVERY_MS] = "1000"  # instead of 10000; less it cannot be
+    os.environ["OTEL_BSP_SCHEDULE_DELAY"] = "300"  # milliseconds until spans are sent
     own = {"port": free_port(), "metrics_port": metrics_port, "base": {"device": "cpu"}, "jobs": jobs}
-    settings = ServeSettings.model_validate({**SETTINGS, **own})
+    told = {"log_level": "info", "log_format": "json", "tracing": {"otlp_endpoint": collector.url}}
+    settings = ServeSettings.model_validate({**SETTINGS, **own, **told})
     with running_service(settings) as address:
         yield address
 

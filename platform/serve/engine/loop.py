@@ -247,7 +247,7 @@ class Engine:
         seconds = time.perf_counter() - start
         for run, output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
-                self._end(run, Failed(_in_our_words(output)))
+                self._end(run, Failed(run.handle.context.run(_in_our_words, output)))
             elif self._attempt(run, self._advance, output) and run.sampler is not None and run.sampler.is_done:
                 run.end_denoising()
                 self._release(run)
@@ -362,7 +362,7 @@ class Engine:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            self._end(run, Failed(_in_our_words(error)))
+            self._end(run, Failed(run.handle.context.run(_in_our_words, error)))
         return not run.handle.is_done
 
     def _in_background(self, run: Run, stage: Callable[[Run], None]) -> None:

@@ -267,7 +267,8 @@ async def slow(requests: int, concurrency: int) -> Figures:
         "before_s": _spread(before_s),
         "meanwhile_s": {**_spread(meanwhile_s), "requests": len(meanwhile_s)},
         "first_use_of_those_on_their_way_s": _spread([seconds for seconds, _ in firsts]),
-        "told_of_the_first": [event for event in firsts[0][1] if event["type"] != "image"],
+        "told_of_the_first": [name for name, _ in itertools.groupby(event["type"] for event in firsts[0][1])],
+        "its_bytes_as_told": [event["done_bytes"] for event in firsts[0][1] if event["type"] == "downloading"],
     }
 
 

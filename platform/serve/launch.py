@@ -34,8 +34,8 @@ CONNECT_TIMEOUT_S: Final = 5.0
 LOOPBACK: Final = "127.0.0.1"
 
 # How a Ray of our own serves: requests come to the gateway's process itself, which Ray calls direct ingress, and that
-# process and the replicas have one event loop each. Ray's proxy, which passes a request on in two more actor calls and
-# as many threads, took three quarters of what a request for nothing cost (CPU seconds of all processes, 2 cores).
+# process and the replicas have one event loop each. Ray's proxy, which passes a request on in actor calls to and fro,
+# took two thirds of the CPU time of a request that does nothing (a gateway's and a replica's no-op).
 ONE_LOOP: Final = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

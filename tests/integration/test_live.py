@@ -111,7 +111,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], i
     environment = {**os.environ, "PYTHONPATH": str(folder), "RAY_metrics_report_interval_ms": "1000"}
     command = [sys.executable, "-c", DEPLOY, str(port), str(metrics_port)]
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
             service = Deployed(process, http, f"http://127.0.0.1:{metrics_port}/metrics")

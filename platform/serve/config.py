@@ -12,6 +12,7 @@ from lorafleet.sdxl.config import BaseConfig
 CompileMode = Literal["none", "regional", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+RoutingPolicy = Literal["affinity", "least_busy", "random"]
 
 
 class BankConfig(BaseModel):
@@ -206,12 +207,17 @@ class RoutingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: RoutingPolicy = Field(
+        default="affinity",
+        description="affinity: to who has the adapters, weighed against the work in front of each; least_busy: to who "
+        "has the least work, random: to any of them, both whatever adapters they have",
+    )
     slot_s: float = Field(
         default=4.0,
         ge=0,
         le=3600,
         description="seconds of work that a replica with the adapter in a slot may have more in front of it than "
-        "another one; a hot adapter spreads to more replicas beyond; 0 with host_s=0: the least busy is always taken",
+        "another one; a hot adapter spreads to more replicas beyond",
     )
     host_s: float = Field(default=2.0, ge=0, le=3600, description="the same for an adapter in its CPU memory")
     stats_every_s: float = Field(

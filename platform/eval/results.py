@@ -9,8 +9,10 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +26,7 @@ from lorafleet.eval.run import Run
 from lorafleet.eval.scorers import Context, Measured, Samples, make_scorers
 from lorafleet.eval.statistics import Array, Comparison, Estimate, compare, estimate, gap, holm_over
 from lorafleet.eval.suites import Suite
+from lorafleet.eval.systems import adapters_of
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +317,37 @@ def spelled(comparison: Comparison) -> str:
     return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] p={comparison.p_holm:.4f}"
 
 
-def sweep_points(results: Results, names: Sequence[str]) -> list[tuple[float, Score]]:
-    """(weight, primary score) of systems that are one adapter at several weights, by weight."""
-    points = [(results.systems[name].weights[0], results.systems[name].scores[results.primary]) for name in names]
-    return sorted(points, key=lambda point: point[0])
+def sweeps(results: Results) -> dict[str, list[tuple[float, str]]]:
+    """Adapters that stand in the run at several weights: by what they are, (weight, system's name) by weight."""
+    found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for system in results.systems.values():
+        if system.kind == "adapter" and len(set(system.weights)) == 1:
+            parts = "+".join(reference for reference, _ in adapters_of(system.target))
+            found[parts].append((system.weights[0], system.name))
+    return {
+        re.sub(r"[^A-Za-z0-9.@_+-]", "-", Path(parts).name): sorted(each)
+        for parts, each in found.items()
+        if len(each) > 1
+    }
+
+
+def merged(runs: Mapping[str, Results]) -> Results:
+    """Systems of several runs of the same prompts and scorer as one; a name that comes twice gets its run's name before
+    it. Raises InvalidRequest for runs that do not compare.
+    """
+    (name, first), *others = runs.items()
+    systems = dict(first.systems)
+    for other_name, other in others:
+        if other.suite_digest != first.suite_digest:
+            raise InvalidRequest(f"{name} and {other_name} are of other prompts: only runs of one suite compare.")
+        for what in ("model", "weights_sha256", "dtype"):
+            ours, theirs = first.about["scorer"][what], other.about["scorer"][what]
+            if ours != theirs:
+                raise InvalidRequest(
+                    f"{name} and {other_name} were scored by different scorers ({what} {ours}, {theirs}): "
+                    "score one again."
+                )
+        for system in other.systems.values():
+            free = system.name if system.name not in systems else f"{other_name}:{system.name}"
+            systems[free] = replace(system, name=free)
+    return replace(first, systems=systems)

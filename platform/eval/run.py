@@ -92,7 +92,8 @@ def run_suite(
     draw_missing(plan, store, config, on_progress)
     folder = folder or home() / "eval" / "runs" / f"{plan.suite.name}-{plan.digest[:12]}"
     document = _document(plan, ready, config)
-    write_atomically(folder / SETTINGS_FILE, dump(config).encode())
+    settings = config.model_copy(update={"run": config.run.model_copy(update={"api_key": None})})
+    write_atomically(folder / SETTINGS_FILE, dump(settings).encode())
     write_atomically(folder / RUN_FILE, json.dumps(document, ensure_ascii=False, indent=1).encode())
     return open_run(folder)
 
@@ -153,12 +154,12 @@ def match_folder(system: System, suite: Suite, seeds: int) -> list[dict[str, Any
         if dash and number.isdigit():
             by_stem[stem].append(each.file)
     rows, missing = [], []
-    for number, prompt in enumerate(suite.prompts):
+    for at, prompt in enumerate(suite.prompts):
         files = by_caption.get(_plain(prompt.text)) or by_stem.get(prompt.id) or []
         if not files:
             missing.append(f"{prompt.text!r} ({prompt.id})")
         rows += [
-            {"prompt": number, "index": i, "seed": None, "file": str(file.absolute())}
+            {"prompt": at, "index": i, "seed": None, "file": str(file.absolute())}
             for i, file in enumerate(files[:seeds])
         ]
     if missing:

@@ -258,7 +258,7 @@ def load_inception(weights: Path | None) -> torch.nn.Module:
     """A TorchScript network, uint8 [1, 3, H, W] -> features [1, F]. Raises ConfigError."""
     if weights is None or not weights.is_file():
         raise ConfigError(
-            f"the score fid needs fid_weights, a TorchScript file of an Inception network; {weights or 'none'} is no file.",
+            f"the score fid needs fid_weights, a TorchScript file of an Inception network, not {weights or 'none'}.",
             param="fid_weights",
         )
     try:
@@ -266,7 +266,7 @@ def load_inception(weights: Path | None) -> torch.nn.Module:
     except ImportError:
         raise ConfigError('the score fid needs torchmetrics: pip install "lorafleet[fid]"', param="scores") from None
     try:
-        script = torch.jit.load(str(weights), map_location="cpu").eval()
+        script = torch.jit.load(str(weights), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{weights} is no TorchScript file: {str(error).splitlines()[0]}", param="fid_weights"
@@ -307,14 +307,13 @@ SCORERS: Final[Mapping[str, Callable[[Context], Scorer]]] = {
 
 def make_scorers(context: Context) -> dict[str, Scorer]:
     """Those that `scores` names, ours and plug-ins. Raises ConfigError for a name that is none."""
-    plugins = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    plugins: dict[str, Any] = {point.name: point for point in metadata.entry_points(group=GROUP)}
     made: dict[str, Scorer] = {}
     for name in context.config.scores:
         if name in SCORERS:
             made[name] = SCORERS[name](context)
         elif name in plugins:
-            load: Callable[[], Any] = plugins[name].load
-            made[name] = load()(context)
+            made[name] = plugins[name].load()(context)
         else:
             known = ", ".join([*SCORERS, *sorted(plugins)])
             raise ConfigError(f"there is no score {name}: known are {known}.", param="scores")

@@ -166,7 +166,7 @@ def _say(results: "Results", baseline: str, score: str | None, as_json: bool, *,
     rows = [("MODEL", name.upper(), "STD", "INTERVAL", f"CHANGE TO {baseline}")]
     for system in results.systems.values():
         found = system.scores[name]
-        interval = f"[{found.low:.2f}, {found.high:.2f}]"
+        interval = "" if found.low is None or found.high is None else f"[{found.low:.2f}, {found.high:.2f}]"
         change = spelled(against[system.name]) if system.name in against else ""
         rows.append((system.name, f"{found.mean:.2f}", f"{found.std or 0:.2f}", interval, change))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from lorafleet.core.errors import EvaluationFailed, LorafleetError
 from lorafleet.eval.config import EvalConfig
-from lorafleet.eval.draw import Studio
 from lorafleet.eval.images import Drawn
 from lorafleet.eval.plan import Batch
 
@@ -90,6 +89,8 @@ class Alone:
     size = 1
 
     def __init__(self, config: EvalConfig) -> None:
+        from lorafleet.eval.draw import Studio
+
         self._studio = Studio(config)
         self._batch: Batch | None = None
 
@@ -168,6 +169,8 @@ Work = Callable[[EvalConfig, "Connection"], None]
 def _work(config: EvalConfig, connection: "Connection") -> None:
     """A process's life: batches in, pictures or an error out, until nobody is there any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends us
+    from lorafleet.eval.draw import Studio
+
     studio: Studio | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -124,10 +124,9 @@ def _read(place: Path | str, revision: str | None, dtype: torch.dtype, name: str
         model = AutoModel.from_pretrained(
             place, revision=revision, dtype=dtype, use_safetensors=True, local_files_only=is_folder
         )
-        processor = AutoProcessor.from_pretrained(place, revision=revision, local_files_only=is_folder)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             raise ValueError(f"a {type(model).__name__} embeds no pictures and texts")
-        assert model.config.text_config.max_position_embeddings
+        processor = AutoProcessor.from_pretrained(place, revision=revision, local_files_only=is_folder)
     except Exception as error:  # whatever a folder that is none makes transformers or the hub's client raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         kind = BaseUnreadable if is_folder else BaseNotFound

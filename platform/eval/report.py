@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -78,7 +79,7 @@ def write_report(run: Run, results: Results, baseline: str) -> Path:
 
 def _intro(results: Results, baseline: str) -> str:
     scorer = results.about["scorer"]
-    seeds = f"{results.seeds} pictures a prompt" if results.seeds > 1 else "one picture a prompt"
+    seeds = f"{results.seeds} pictures a prompt" if results.seeds > 1 else "One picture a prompt"
     return (
         f"<p>{html.escape(results.suite.description)} {seeds}, averaged within the prompt; the same prompts and "
         f"initial noise for all systems drawn here. Scored by <code>{html.escape(str(scorer['model']))}</code>; every "
@@ -317,7 +318,7 @@ def _data(png: bytes) -> str:
 
 
 def _interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    if low is None or high is None:
+    if low is None or high is None or not math.isfinite(high - low):
         return ""
     return f"[{low:+.2f}, {high:+.2f}]" if sign else f"[{low:.2f}, {high:.2f}]"
 

@@ -24,7 +24,7 @@ from lorafleet.eval.features import FeatureModel
 from lorafleet.eval.images import write_atomically
 from lorafleet.eval.run import Run
 from lorafleet.eval.scorers import Context, Measured, Samples, make_scorers
-from lorafleet.eval.statistics import Array, Comparison, Estimate, compare, estimate, gap, holm_over
+from lorafleet.eval.statistics import Array, Comparison, Estimate, compare, estimate, finite, gap, holm_over
 from lorafleet.eval.suites import Suite
 from lorafleet.eval.systems import adapters_of
 
@@ -207,7 +207,9 @@ def write_results(results: Results, folder: Path, baseline: str | None = None) -
         "about": dict(results.about),
         "comparisons": comparisons(results, baseline_of(results, baseline)),
     }
-    write_atomically(folder / RESULTS_FILE, json.dumps(document, ensure_ascii=False, indent=1).encode())
+    write_atomically(
+        folder / RESULTS_FILE, json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode()
+    )
     write_atomically(folder / TABLE_FILE, table_csv(results).encode())
 
 
@@ -283,8 +285,8 @@ def _score(name: str, measured: Measured, samples: Samples, statistics: Statisti
         name,
         found.mean,
         found.std,
-        found.low,
-        found.high,
+        finite(found.low),
+        finite(found.high),
         measured.higher_is_better,
         tuple(values.tolist()),
         measured.about,

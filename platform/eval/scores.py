@@ -88,7 +88,10 @@ def cmmd_interval(
     resamples: int = 500,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Of `cmmd`, by resampling prompts (prompt[n]: which one each picture is of) and reference pictures; quantiles."""
+    """Of `cmmd`, by resampling prompts (prompt[n]: which one each picture is of) and reference pictures; quantiles.
+
+    Where chance draws a single picture, over and over, there is no distance, and the draw is left out.
+    """
     generator = np.random.default_rng([seed, 2])
     index = np.unique(np.asarray(prompt), return_inverse=True)[1]
     prompts = int(index.max()) + 1
@@ -103,7 +106,7 @@ def cmmd_interval(
         )
         between = float(x @ kernels[2] @ y / (x.sum() * y.sum()))
         values.append(CMMD_SCALE * (_mean_apart(kernels[0], x) + _mean_apart(kernels[1], y) - 2 * between))
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -25,7 +25,7 @@ _NORMAL: Final = NormalDist()
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts. `std`: of prompts, not of the mean."""
+    """A mean over prompts. `std`: of prompts, not of the mean. A single prompt's interval is infinite."""
 
     n: int
     mean: float
@@ -34,7 +34,8 @@ class Estimate:
     high: float
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON, where an infinite end is None."""
+        return {**asdict(self), "low": finite(self.low), "high": finite(self.high)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Comparison:
         return self.difference.low > 0 or self.difference.high < 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "is_evidence": self.is_evidence}
+        """JSON."""
+        return {**asdict(self), "difference": self.difference.as_dict(), "is_evidence": self.is_evidence}
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def by_prompt(values: npt.ArrayLike, prompt: npt.ArrayLike, prompts: int) -> Array:

@@ -126,3 +126,6 @@ class EvalConfig(_Section):
     metrics_file: Path | None = Field(
         default=None, description="Prometheus text file that scores are written to, for node_exporter's collector"
     )
+    metrics_gateway: str | None = Field(
+        default=None, pattern=r"^https?://", description="address of a Prometheus Pushgateway that scores are pushed to"
+    )

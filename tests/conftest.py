@@ -30,6 +30,12 @@ def _font() -> str | None:
     return str(FONT) if FONT.exists() else None
 
 
+def _postgres() -> str | None:
+    versions = Path("/usr/lib/postgresql")  # Debian's way, not in PATH
+    found = sorted(versions.glob("*/bin/postgres")) if versions.exists() else []
+    return shutil.which("postgres") or (str(found[-1]) if found else None)
+
+
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
@@ -39,6 +45,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         lambda: shutil.which("redis-server"),
         "no redis-server on this machine: apt-get install redis-server",
     ),
+    "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }

@@ -28,6 +28,7 @@ LorafleetError
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
 ├── GenerationFailed       the model produced no usable image                (HTTP 500)
 ├── CheckpointMismatch     a checkpoint was made by another run              (exit code 1)
+├── EvaluationFailed       an evaluation cannot go on                        (exit code 1)
 └── TrainingFailed         a run cannot go on                                (exit code 1)
     └── TrainingStopped    a run was asked to stop, and can go on            (exit code 130)
 
@@ -233,6 +234,12 @@ class CheckpointMismatch(LorafleetError):
     """A checkpoint was made with other settings, another base or other data; the message names which."""
 
     code = "checkpoint_mismatch"
+
+
+class EvaluationFailed(LorafleetError):
+    """An evaluation cannot go on, or its files are not those of one; finished pictures are kept."""
+
+    code = "evaluation_failed"
 
 
 class TrainingFailed(LorafleetError):

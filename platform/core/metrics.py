@@ -1,7 +1,7 @@
 """Every metric of this project: its name, kind, labels and buckets stand here and nowhere else.
 
 A name is `lorafleet_<part>_<thing>_<unit>`; the parts of serving are gateway, router, replica and engine, that of
-training is train. (`eval` is kept free for evaluation.) Whatever Ray hosts sends them through Ray, which puts `ray_`
+training is train, that of evaluation eval. Whatever Ray hosts sends them through Ray, which puts `ray_`
 in front and adds labels of its own; each of serving then has `REPLICA_LABEL` too.
 
 Labels are bounded: routes, HTTP's methods, statuses, error codes and words listed here; names of adapters by
@@ -231,6 +231,15 @@ TRAIN_VALIDATION_LOSS: Final = Metric(
     "lorafleet_train_validation_loss", "gauge", "Loss on held-out images at eight fixed timesteps."
 )
 TRAIN_CLIP_SCORE: Final = Metric("lorafleet_train_clip_score", "gauge", "Mean CLIP score of the last sample pictures.")
+
+# ---- evaluation: of the last one of a suite; an adapter is a system's name, of which a run has few ----
+
+EVAL_CLIP_SCORE: Final = Metric(
+    "lorafleet_eval_clip_score",
+    "gauge",
+    "Mean CLIP score over the prompts of a suite. adapter: the system's name, base for the base model alone.",
+    ("suite", "adapter"),
+)
 
 ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 

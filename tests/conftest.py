@@ -41,6 +41,12 @@ def _actionlint() -> str | None:
     return shutil.which("actionlint") or shutil.which("actionlint", path=str(Path(sys.executable).parent))
 
 
+def _postgres() -> str | None:
+    versions = Path("/usr/lib/postgresql")  # Debian's way, not in PATH
+    found = sorted(versions.glob("*/bin/postgres")) if versions.exists() else []
+    return shutil.which("postgres") or (str(found[-1]) if found else None)
+
+
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
@@ -51,6 +57,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         lambda: shutil.which("redis-server"),
         "no redis-server on this machine: apt-get install redis-server",
     ),
+    "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),

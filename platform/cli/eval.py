@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorafleet.cli.eval_arena import arena
+from lorafleet.cli.eval_promote import promote
 from lorafleet.cli.options import ConfigFile, Json, Overrides
 from lorafleet.core.errors import InvalidRequest
 
@@ -23,6 +25,8 @@ MAX_SWEEP = 16
 evaluation = typer.Typer(
     no_args_is_help=True, help="Compare adapters and models on prompts, with scores that are evidence."
 )
+evaluation.add_typer(arena, name="arena")
+evaluation.command()(promote)
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as `eval run` prints it.")]
 Baseline = Annotated[
@@ -80,7 +84,7 @@ def run(
     _log()
     from lorafleet.eval.run import run_suite
 
-    with _bars() as on_progress:
+    with progress_bars() as on_progress:
         done = run_suite(loaded, specs, settings, folder=out, on_progress=on_progress)
     _finish(done, settings, baseline, as_json)
 
@@ -208,7 +212,7 @@ def _log() -> None:
 
 
 @contextmanager
-def _bars() -> "Iterator[OnProgress]":
+def progress_bars() -> "Iterator[OnProgress]":
     """A bar for each system on stderr, if that is a terminal; else a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from lorafleet.core.arena.config import ArenaConfig
 from lorafleet.core.generation import AdapterReference
 from lorafleet.core.registry_config import RegistryConfig
 from lorafleet.sdxl.config import BaseConfig
@@ -317,6 +318,7 @@ class ServeSettings(LiveSettings):
     )
     cache: CacheSettings = Field(default_factory=CacheSettings, description="images made before")
     jobs: JobSettings = Field(default_factory=JobSettings, description="work that is asked for later")
+    arena: ArenaConfig = Field(default_factory=ArenaConfig, description="votes on pairs of pictures")
     admin_key: SecretStr | None = Field(
         default=None,
         min_length=16,

@@ -86,5 +86,5 @@ clean: ## remove what these targets made
 	@touch $@
 
 .venv/dev: .venv/serve
-	$(PIP) --editable '.[serve,train,dev]'
+	$(PIP) --editable '.[serve,train,eval,dev]'
 	@touch $@

@@ -10,8 +10,8 @@ from lorafleet.core.registry_config import RegistryConfig
 from lorafleet.sdxl.config import BaseConfig
 
 CompileMode = Literal["none", "regional", "full"]
-LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class BankConfig(BaseModel):

@@ -71,8 +71,8 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
     check_port(settings.host, settings.port)
     if settings.metrics_port is not None:
         check_port(LOOPBACK, settings.metrics_port, "metrics_port")
-    find_base(settings.base)
     endpoint(settings)
+    find_base(settings.base)
     with _ray(settings):
         _check(stop)
         from ray import serve

@@ -25,6 +25,7 @@ from lorafleet.eval.results import Results, score_run
 from lorafleet.eval.run import open_run, run_suite
 from lorafleet.eval.suites import load_suite
 from lorafleet.eval.systems import SystemSpec, resolve_systems
+from lorafleet.models import EMOJIXL
 from lorafleet.sdxl.adapter_file import base_targets
 from lorafleet.sdxl.config import BaseConfig
 from lorafleet.sdxl.lora import Adapter, LowRank
@@ -145,6 +146,12 @@ def test_a_pictures_bits_depend_on_the_rows_of_its_batch_but_not_on_place_and_ne
     assert drawn(jobs[2]) == [first[2]]
     assert drawn(jobs[7], jobs[2], jobs[5])[1] == first[2]
     assert len(set(first)) == 4
+
+
+def test_another_pipeline_gets_the_same_prompts_and_noise(home: Path) -> None:
+    """emojixl again, as a stranger's folder: with its own scheduler, which is the suite's."""
+    results = evaluated(config(sampling={"limit": 2, "steps": 3}), "base", f"again=pipeline:{EMOJIXL}")
+    assert results.values("clip", "again") == pytest.approx(results.values("clip", "base"), abs=0.05)
 
 
 def test_a_damaged_adapter_is_found_out(home: Path, sample: Path, damaged: Path) -> None:

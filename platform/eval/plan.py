@@ -65,6 +65,7 @@ class Plan:
     jobs: Mapping[str, tuple[Job, ...]]
     seeds: int
     rows: int
+    device: str
 
     @property
     def digest(self) -> str:
@@ -97,7 +98,7 @@ def make_plan(suite: Suite, systems: Sequence[System], config: EvalConfig, *, de
         for system in systems
         if system.kind != "folder"
     }
-    return Plan(suite, tuple(systems), sampling, jobs, seeds, config.run.batch_size)
+    return Plan(suite, tuple(systems), sampling, jobs, seeds, config.run.batch_size, device)
 
 
 def seed_of(text: str, index: int, seed: int) -> int:

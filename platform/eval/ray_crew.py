@@ -10,7 +10,6 @@ from typing import Any, Final
 from lorafleet.core.config import home
 from lorafleet.core.errors import LorafleetError
 from lorafleet.core.local_ray import prepare_local_ray
-from lorafleet.core.metrics import EVAL_CLIP_SCORE
 from lorafleet.eval.config import EvalConfig
 from lorafleet.eval.crew import Answer
 from lorafleet.eval.draw import Studio
@@ -20,17 +19,22 @@ OBJECT_STORE_BYTES: Final = 256 * 1024 * 1024  # pictures pass through it one ba
 
 
 class Actors:
-    """As many as asked for, each with its share of a GPU where the cluster has any; pictures come back to this process,
-    so that the nodes need no common disk but for adapter files and folders that a system names by path."""
+    """As many as `run.workers` says or the cluster has room for, each with its share of a GPU where there are any.
 
-    def __init__(self, config: EvalConfig, size: int, *, has_gpus: bool) -> None:
+    Pictures come back to this process, so that the nodes need no common disk but for adapter files and folders that a
+    system names by path.
+    """
+
+    def __init__(self, config: EvalConfig, *, most: int) -> None:
         import ray
 
-        self.size = size
+        gpus = config.run.gpus_per_worker if has_gpus(config) else 0
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        room = resources.get("GPU", 0.0) / gpus if gpus else resources.get("CPU", 1.0)
+        self.size = min(config.run.workers or max(1, int(room)), most)
         self._config = config
-        gpus = config.run.gpus_per_worker if has_gpus else 0
         self._kind: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Studio)
-        self._actors: list[Any] = [self._kind.remote(config) for _ in range(size)]
+        self._actors: list[Any] = [self._kind.remote(config) for _ in range(self.size)]
         self._working: dict[Any, int] = {}
 
     def send(self, worker: int, batch: Batch) -> None:
@@ -59,22 +63,32 @@ class Actors:
             ray.kill(actor)
 
 
+def has_gpus(config: EvalConfig) -> bool:
+    """Whether actors get GPUs on the Ray that is connected."""
+    import ray
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0.0) > 0 and not config.base.device.startswith("cpu")
+
+
 @contextmanager
-def connected(config: EvalConfig, workers: int | None) -> Iterator[tuple[int, bool]]:
+def connected(config: EvalConfig) -> Iterator[None]:
     """The Ray that this process is connected to, or the one of `run.ray_address` or RAY_ADDRESS, or one of our own for
-    the time. Gives the number of workers that suit it, and whether it has GPUs."""
+    the time."""
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
     folder = None if address else prepare_local_ray()
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     logging.getLogger("ray").setLevel(logging.WARNING)
-    ours = not ray.is_initialized()
-    if ours and address:
+    if address:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    elif ours:
+    else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, (workers or 0) + 1),
+            num_cpus=max(os.cpu_count() or 1, config.run.workers or 1),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
@@ -82,22 +96,8 @@ def connected(config: EvalConfig, workers: int | None) -> Iterator[tuple[int, bo
             _temp_dir=str(folder),
         )
     try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
-        has_gpus = gpus > 0 and not config.base.device.startswith("cpu")
-        room = gpus / config.run.gpus_per_worker if has_gpus else cpus
-        yield workers or max(1, int(room)), has_gpus
+        yield
     finally:
-        if ours:
-            ray.shutdown()
+        ray.shutdown()
         if folder is not None and folder.parent != home():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def tell_ray(scores: dict[tuple[str, str], float]) -> None:
-    """CLIP scores by (suite, adapter) as a gauge that Ray gathers."""
-    from ray.util.metrics import Gauge
-
-    gauge: Any = Gauge(EVAL_CLIP_SCORE.name, description=EVAL_CLIP_SCORE.description, tag_keys=EVAL_CLIP_SCORE.labels)
-    for (suite, adapter), score in scores.items():
-        gauge.set(score, tags={"suite": suite, "adapter": adapter})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorafleet.cli.main import main
 from lorafleet.core.errors import DataUnreadable, EvaluationFailed, LorafleetError, NotReady
 from lorafleet.eval import run as runs
 from lorafleet.eval.config import EvalConfig
@@ -24,6 +25,7 @@ from lorafleet.eval.results import Results, score_run
 from lorafleet.eval.run import open_run, run_suite
 from lorafleet.eval.suites import load_suite
 from lorafleet.eval.systems import SystemSpec, resolve_systems
+from lorafleet.models import EMOJIXL
 from lorafleet.sdxl.adapter_file import base_targets
 from lorafleet.sdxl.config import BaseConfig
 from lorafleet.sdxl.lora import Adapter, LowRank
@@ -47,12 +49,12 @@ def sample(repo: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, each tensor with as much noise as it has spread."""
+    """The same, each tensor with three times as much noise as it has spread."""
     adapter = read_adapter(sample, base_targets(BaseConfig()))
     generator = torch.Generator().manual_seed(0)
 
     def noisy(tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor + torch.randn(tensor.shape, generator=generator) * tensor.float().std()).to(tensor.dtype)
+        return (tensor + 3 * torch.randn(tensor.shape, generator=generator) * tensor.float().std()).to(tensor.dtype)
 
     modules = {name: LowRank(noisy(each.a), noisy(each.b), each.alpha) for name, each in adapter.modules.items()}
     path = tmp_path_factory.mktemp("damaged") / "damaged.safetensors"
@@ -146,9 +148,15 @@ def test_a_pictures_bits_depend_on_the_rows_of_its_batch_but_not_on_place_and_ne
     assert len(set(first)) == 4
 
 
+def test_another_pipeline_gets_the_same_prompts_and_noise(home: Path) -> None:
+    """emojixl again, as a stranger's folder: with its own scheduler, which is the suite's."""
+    results = evaluated(config(sampling={"limit": 2, "steps": 3}), "base", f"again=pipeline:{EMOJIXL}")
+    assert results.values("clip", "again") == pytest.approx(results.values("clip", "base"), abs=0.05)
+
+
 def test_a_damaged_adapter_is_found_out(home: Path, sample: Path, damaged: Path) -> None:
-    settings = config(sampling={"steps": 8, "limit": 12}, run={"batch_size": 6})
-    results = evaluated(settings, "base", f"good=adapter:{sample}:0.4", f"bad=adapter:{damaged}:0.4")
+    settings = config(sampling={"steps": 8, "limit": 8}, run={"batch_size": 8})
+    results = evaluated(settings, "base", f"good=adapter:{sample}:0.5", f"bad=adapter:{damaged}:0.5")
     means = {name: each.scores["clip"].mean for name, each in results.systems.items()}
     assert means["base"] > 60
     assert means["bad"] < means["good"] - 5
@@ -280,12 +288,12 @@ def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["score", "/nowhere"], 1, "holds no evaluation"),
     ],
 )
-def test_bad_usage_is_said_in_a_sentence(arguments: Sequence[str], code: int, says: str, capsys: Any) -> None:
-    from lorafleet.cli import main
-
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lorafleet", "eval", *arguments])
-        main.main()
+def test_bad_usage_is_said_in_a_sentence(
+    arguments: Sequence[str], code: int, says: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorafleet", "eval", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
     assert stop.value.code == code
     assert says in capsys.readouterr().err
 
@@ -294,7 +302,7 @@ def test_bad_usage_is_said_in_a_sentence(arguments: Sequence[str], code: int, sa
 def test_the_whole_emoji_suite_on_two_workers_within_ten_minutes(home: Path, sample: Path, damaged: Path) -> None:
     settings = config(sampling={"steps": None, "limit": None}, run={"workers": 2, "batch_size": 8})
     start = time.monotonic()
-    results = evaluated(settings, "base", f"good=adapter:{sample}:0.4", f"bad=adapter:{damaged}:0.4")
+    results = evaluated(settings, "base", f"good=adapter:{sample}:0.5", f"bad=adapter:{damaged}:0.5")
     seconds = time.monotonic() - start
     against = results.against("base")
     assert against["bad"].difference.high < 0

@@ -3,14 +3,17 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
-from lorafleet.core.errors import ConfigError, DataNotFound, DataUnreadable, InvalidRequest
+from lorafleet.core.errors import ConfigError, DataNotFound, DataUnreadable, InvalidRequest, StorageUnavailable
 from lorafleet.eval import scorers
 from lorafleet.eval.config import EvalConfig
 from lorafleet.eval.metrics import tell_scores
@@ -156,16 +159,33 @@ def test_scores_of_pictures_prompts_and_sets_stand_side_by_side(tmp_path: Path) 
         results.values("cmmd", "base")
 
 
-def test_scores_reach_prometheus(tmp_path: Path) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
+def test_scores_reach_prometheus_by_file_and_by_push(tmp_path: Path) -> None:
+    pushed: list[tuple[str, str, str]] = []
 
-    settings = config("clip", metrics_file=str(tmp_path / "eval.prom"))
-    results = score_run(make_run(tmp_path, seeds=1), settings)
-    tell_scores(results, settings)
-    (family,) = text_string_to_metric_families((tmp_path / "eval.prom").read_text())
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"])).decode()
+            pushed.append((self.command, self.path, body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        Thread(target=server.handle_request).start()
+        gateway = f"http://127.0.0.1:{server.server_port}"
+        settings = config("clip", metrics_file=str(tmp_path / "eval.prom"), metrics_gateway=gateway)
+        results = score_run(make_run(tmp_path, seeds=1), settings)
+        tell_scores(results, settings)
+    text = (tmp_path / "eval.prom").read_text()
+    assert pushed == [("PUT", "/metrics/job/lorafleet_eval/suite/few", text)]
+    (family,) = text_string_to_metric_families(text)
     values = {(each.labels["suite"], each.labels["adapter"]): each.value for each in family.samples}
     assert family.name == "lorafleet_eval_clip_score"
     assert values[("few", "plush-1")] == pytest.approx(results.systems["plush-1"].scores["clip"].mean)
+    with pytest.raises(StorageUnavailable, match="Pushgateway .* does not take the scores"):
+        tell_scores(results, settings)
 
 
 def test_runs_of_the_same_prompts_compare_and_no_others(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ UNITS = r"(seconds|bytes|ratio|images)"
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
 def test_a_declaration_is_as_prometheus_wants_it(metric: Metric) -> None:
-    assert re.fullmatch(r"lorafleet_(gateway|router|replica|engine|train)(_[a-z]+)+", metric.name)
+    assert re.fullmatch(r"lorafleet_(gateway|router|replica|engine|train|eval)(_[a-z]+)+", metric.name)
     assert metric.name.endswith("_total") == (metric.kind == "counter")
     assert bool(metric.buckets) == (metric.kind == "histogram")
     if metric.kind == "histogram":
@@ -55,14 +55,16 @@ def test_what_is_sent_is_declared_and_the_other_way_round(repo: Path) -> None:
     for name, method, labels in sent:
         metric = getattr(metrics, name)
         assert (CALLS[method], labels) == (metric.kind, frozenset(metric.labels)), name
-    of_serving = {metric.name for metric in ALL if not metric.name.startswith("lorafleet_train_")}
+    of_serving = {metric.name for metric in ALL if not metric.name.startswith(("lorafleet_train_", "lorafleet_eval_"))}
     assert {getattr(metrics, name).name for name, _, _ in sent} == of_serving
 
 
 def test_nothing_is_sent_past_the_recorder(repo: Path) -> None:
-    senders = {repo / "platform/serve/metrics.py", repo / "platform/train/metrics.py"}
+    senders = {
+        repo / f"platform/{part}.py" for part in ("serve/metrics", "train/metrics", "eval/metrics", "eval/ray_crew")
+    }
     files = [file for file in (repo / "platform").rglob("*.py") if file not in senders]
-    makers = r"ray\.util\.metrics|ray\.util import metrics|ray\.serve\.metrics|prometheus_client"
+    makers = r"ray\.util\.metrics|ray\.util import metrics|ray\.serve\.metrics|prometheus_client(?!\.parser)"
     assert [file for file in files if re.search(makers, file.read_text())] == []
 
 

@@ -46,6 +46,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         "no redis-server on this machine: apt-get install redis-server",
     ),
     "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
+    "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }

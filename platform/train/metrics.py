@@ -1,5 +1,6 @@
 """A run's numbers for Prometheus: its own port for a process of ours, Ray's for a worker of Ray."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -29,27 +30,48 @@ GAUGES: Final[Mapping[str, Metric]] = {
 """By the name that other trackers use. One run has a process, so there are no labels."""
 
 SetGauge = Callable[[float], object]
+REPEAT_S: Final = 5.0
+"""Ray's agent forgets a gauge that is not set between two of its reports, 10 s apart; a validation takes longer."""
 
 
 class Metrics:
-    """A Tracker that sets gauges."""
+    """A Tracker that sets gauges. `repeat_s`: how often they are set again to what they were; None: never."""
 
-    def __init__(self, make_gauge: Callable[[Metric], SetGauge], close: Callable[[], None] = lambda: None) -> None:
-        self._gauges = {key: make_gauge(metric) for key, metric in GAUGES.items()}
-        self._step = make_gauge(TRAIN_STEP)
+    def __init__(
+        self,
+        make_gauge: Callable[[Metric], SetGauge],
+        close: Callable[[], None] = lambda: None,
+        *,
+        repeat_s: float | None = None,
+    ) -> None:
+        self._gauges = {key: make_gauge(metric) for key, metric in {**GAUGES, "step": TRAIN_STEP}.items()}
+        self._values: dict[str, float] = {}
         self._close = close
+        self._ended = threading.Event()
+        self._repeater: threading.Thread | None = None
+        if repeat_s is not None:
+            self._repeater = threading.Thread(target=self._repeat, args=(repeat_s,), name="gauges", daemon=True)
+            self._repeater.start()
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._step(step)
-        for key, value in values.items():
+        for key, value in {**values, "step": step}.items():
             if key in self._gauges:
+                self._values[key] = value
                 self._gauges[key](value)
 
     def images(self, report: SampleReport) -> None:
         return
 
     def close(self) -> None:
+        self._ended.set()
+        if self._repeater is not None:
+            self._repeater.join()
         self._close()
+
+    def _repeat(self, every_s: float) -> None:
+        while not self._ended.wait(every_s):
+            for key, value in list(self._values.items()):
+                self._gauges[key](value)
 
 
 def served_metrics(port: int) -> Metrics:
@@ -81,4 +103,4 @@ def ray_metrics() -> Metrics:
         gauge: Any = Gauge(metric.name, description=metric.description)
         return lambda value: gauge.set(value)
 
-    return Metrics(make_gauge)
+    return Metrics(make_gauge, repeat_s=REPEAT_S)

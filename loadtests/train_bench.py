@@ -2,18 +2,29 @@
 
 The base has SDXL's architecture and random weights; latents and text features are random and cached, as they are in a
 real run after the first epoch. A step is everything: batches, forward, backward, clipping, AdamW. Rank 8 on the
-attention linears unless a variant says otherwise. `--base tiny-random` runs on a CPU in seconds.
+attention linears, dropout 0.1, unless a variant says otherwise. `--base tiny-random` runs on a CPU in seconds.
 
-    python loadtests/train_bench.py --json out/train.json --budget-s 400
+Each variant is a process of its own. Several may start and compile at once (`--jobs`), but only one at a time takes
+its timed steps. Under torchrun every process takes part in one variant, given by `--one`.
+
+    python loadtests/train_bench.py --json out/train.json --jobs 3
     python loadtests/train_bench.py --base tiny-random --variant "ours: batch=2" --variant "diffusers: batch=2"
+    torchrun --nproc-per-node 2 loadtests/train_bench.py --one "ours: batch=32 micro=16 compile=regional"
 """
 
 import argparse
+import fcntl
 import gc
 import json
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +40,19 @@ from lorafleet.sdxl.config import BaseConfig
 from lorafleet.train.adapter import attach, parameter_table
 from lorafleet.train.config import TrainConfig
 from lorafleet.train.data import EncodedItem, EncodedSet, LatentStats, TextFeatures
-from lorafleet.train.group import Group
-from lorafleet.train.loop import Trainer
+from lorafleet.train.group import Group, joined, own_device
+from lorafleet.train.loop import Launched, Trainer
 
 VARIANTS = (
-    "diffusers: batch=4",
-    "diffusers: batch=8",
-    "ours: batch=8 compile=regional",
     "ours: batch=16 compile=regional",
+    "ours: batch=8 compile=regional",
+    "diffusers: batch=8",
+    "diffusers: batch=4",
     "low memory: batch=1 checkpointing=true",
     "low memory, 8-bit base: batch=1 checkpointing=true quantise=true",
-    "ours: batch=8 compile=full",
-    "ours: batch=16 compile=full",
 )
 WARM_STEPS = 4
-MIN_STEPS = 6
-MIN_SECONDS = 4.0
+STEPS = 10
 
 
 class RandomSet(EncodedSet):
@@ -96,71 +104,135 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="sdxl-random", choices=("sdxl-random", "tiny-random"))
     parser.add_argument("--variant", action="append", help='such as "ours: batch=8 compile=regional"')
-    parser.add_argument("--budget-s", type=float, default=600.0, help="no variant is begun after this")
+    parser.add_argument("--jobs", type=int, default=1, help="variants that are started at once; their memory adds up")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds that a variant may take")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help="measure this variant here and print its row")
+    parser.add_argument("--lock", type=Path, help="a file that is locked while steps are timed")
+    parser.add_argument("--profile", type=Path, help="with --one: write where a step's time goes")
     given = parser.parse_args()
-    started = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    torch.backends.cuda.matmul.allow_tf32 = True
-    for variant in given.variant or VARIANTS:
-        if time.perf_counter() - started > given.budget_s:
-            print(f"[{variant}] left out: the budget is spent", flush=True)
-            continue
-        try:
-            row = {"variant": variant, **run(given.base, variant)}
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            print(f"[{variant}] failed: {str(error).splitlines()[0]}", flush=True)
-            continue
-        rows.append(row)
-        print(f"[{variant}] {json.dumps({k: v for k, v in row.items() if k != 'variant'})}", flush=True)
-        if given.json:
-            given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    if given.one:
+        row = run(given.base, given.one, given.lock, given.profile)
+        if row is not None:
+            print(json.dumps(row), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        own = [sys.executable, __file__, "--base", given.base, "--lock", str(Path(folder) / "lock"), "--one"]
+        variants = given.variant or VARIANTS
+        rows = list(pool.map(lambda variant: in_process([*own, variant], variant, given.limit_s), variants))
+    if given.json:
+        given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     print(machine())
     print(table(rows))
 
 
-def run(architecture: str, variant: str) -> dict[str, Any]:
-    """One variant on a fresh base; what fails is said in its row."""
-    loop, options = parsed(variant)
-    _forget()
-    began = time.perf_counter()
-    base = random_base(BaseConfig(id=architecture))
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        getattr(base.pipeline, part).to("cpu")  # nobody needs them: latents and texts are cached
-    _forget()
+def in_process(command: list[str], variant: str, limit_s: float) -> dict[str, Any]:
+    """The variant's row, or why there is none."""
     try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        row: dict[str, Any] = {"variant": variant, "failed": f"not ready in {limit_s:.0f} s"}
+    else:
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        row = json.loads(last) if done.returncode == 0 else {"variant": variant, "failed": last[:300]}
+        if done.returncode != 0:
+            print(done.stderr[-3000:], file=sys.stderr, flush=True)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def run(architecture: str, variant: str, lock: Path | None, profile: Path | None) -> dict[str, Any] | None:
+    """One variant on a fresh base. None for all but the first of several workers."""
+    loop, options = parsed(variant)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    began = time.perf_counter()
+    base = random_base(BaseConfig(id=architecture, device=own_device("auto")))
+    with joined(base.device, 600.0) as group:
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            getattr(base.pipeline, part).to("cpu")  # nobody needs them: latents and texts are cached
+        _forget()
         make = diffusers_steps if loop == "diffusers" else our_steps
-        steps, about = make(base, options)
+        steps, about, alone = make(base, group, options)
         for _ in range(WARM_STEPS):
             next(steps)
         _wait()
         first_s = time.perf_counter() - began
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        times: list[float] = []
-        timed = time.perf_counter()
-        while len(times) < MIN_STEPS or time.perf_counter() - timed < MIN_SECONDS:
-            at = time.perf_counter()
+        with locked(lock):
             next(steps)
             _wait()
-            times.append(time.perf_counter() - at)
+            if torch.cuda.is_available() and "compile" not in options:
+                torch.cuda.reset_peak_memory_stats()  # a recorded graph's memory is seen while it is recorded only
+            seconds = timed(steps)
+            if profile is not None:
+                profile.write_text(profiled(steps))
         steps.close()
-    except torch.cuda.OutOfMemoryError:
-        return {"failed": "out of memory"}
-    middle = sorted(times)[len(times) // 2]
-    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
-    batch = int(options["batch"])
-    return {
-        **about,
-        "img_s": round(batch / middle, 2),
-        "step_ms": round(middle * 1e3, 1),
-        "steps": len(times),
-        "peak_gb": None if peak is None else round(peak, 2),
-        "start_s": round(first_s, 1),
-    }
+        alone_s = None
+        if group.size > 1 and alone is not None:
+            if group.leads:  # the others wait: the same images by one worker alone
+                steps = alone()
+                next(steps)
+                _wait()
+                alone_s = timed(steps)
+                steps.close()
+            group.agreed(None)
+        if not group.leads:
+            return None
+        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+        return {
+            "variant": variant,
+            "workers": group.size,
+            **about,
+            "img_s": round(int(options["batch"]) / seconds, 2),
+            "step_ms": round(seconds * 1e3, 1),
+            **({} if alone_s is None else {"alone_step_ms": round(alone_s * 1e3, 1)}),
+            **({} if alone_s is None else {"scaling": round(alone_s / seconds / group.size, 4)}),
+            "peak_gb": None if peak is None else round(peak, 2),
+            "start_s": round(first_s, 1),
+        }
 
 
-def our_steps(base: Base, options: dict[str, str]) -> tuple[Iterator[None], dict[str, Any]]:
+def timed(steps: Iterator[None]) -> float:
+    """Seconds a step."""
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        next(steps)
+    _wait()
+    return (time.perf_counter() - began) / STEPS
+
+
+def profiled(steps: Iterator[None]) -> str:
+    """The kernels of two steps, those that take longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        next(steps)
+        next(steps)
+        _wait()
+    kernels = [each for each in seen.key_averages() if each.device_type.name == "CUDA" and each.self_device_time_total]
+    kernels.sort(key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in kernels)
+    lines = [f"{total / 2e3:.1f} ms a step in kernels"]
+    for each in kernels[:120]:
+        lines.append(f"{each.self_device_time_total / 2e3:8.2f} ms {each.count / 2:7.1f} x  {each.key[:150]}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+Steps = tuple[Iterator[None], dict[str, Any], Callable[[], Iterator[None]] | None]
+"""Steps, what there is to say about them, and steps of this worker alone."""
+
+
+def our_steps(base: Base, group: Group, options: dict[str, str]) -> Steps:
     """`lorafleet.train.loop`, as a run has it."""
     batch = int(options["batch"])
     config = TrainConfig.model_validate(
@@ -169,28 +241,41 @@ def our_steps(base: Base, options: dict[str, str]) -> tuple[Iterator[None], dict
             "loop": {
                 "steps": 100_000,
                 "batch_size": batch,
+                "micro_batch": int(options.get("micro", str(batch))),
                 "gradient_checkpointing": options.get("checkpointing") == "true",
                 "quantise_base": options.get("quantise") == "true",
                 "compile": options.get("compile", "none"),
+                "fused": options.get("fused") != "false",
+                "cuda_graphs": options.get("graphs") != "false",
             },
         }
     )
-    torch.compiler.reset()
     adapter = attach(base, config.adapter, seed=0)
-    trainer = Trainer(config, base, RandomSet(base, max(64, 2 * batch)), adapter, Group(0, 1, base.device))
+    trainer = Trainer(config, base, RandomSet(base, max(64, 2 * batch)), adapter, group)
     part, linears, trainable, whole = parameter_table(adapter)[0]
     assert part == "unet"
 
     def steps() -> Iterator[None]:
         batches = trainer.batches()
-        while True:
-            trainer.step(batches, wants_stop=False)
-            yield
+        waiting: deque[Launched] = deque()
+        try:
+            while True:
+                waiting.append(trainer.launch(batches, wants_stop=False))
+                if len(waiting) > trainer.lag:
+                    trainer.settle(waiting.popleft())
+                yield
+        finally:
+            while waiting:
+                trainer.settle(waiting.popleft())
 
-    return steps(), {"linears": linears, "trainable": trainable, "share": round(trainable / whole, 5)}
+    def alone() -> Iterator[None]:
+        trainer.group = Group(0, 1, base.device)
+        return steps()
+
+    return steps(), {"linears": linears, "trainable": trainable, "share": round(trainable / whole, 5)}, alone
 
 
-def diffusers_steps(base: Base, options: dict[str, str]) -> tuple[Iterator[None], dict[str, Any]]:
+def diffusers_steps(base: Base, _: Group, options: dict[str, str]) -> Steps:
     """The heart of diffusers' examples/text_to_image/train_text_to_image_lora_sdxl.py with cached inputs: PEFT's layers
     as they are, autocast to bfloat16, AdamW."""
     batch = int(options["batch"])
@@ -234,7 +319,7 @@ def diffusers_steps(base: Base, options: dict[str, str]) -> tuple[Iterator[None]
             step += 1
             yield
 
-    return steps(), {"trainable": sum(parameter.numel() for parameter in parameters)}
+    return steps(), {"trainable": sum(parameter.numel() for parameter in parameters)}, None
 
 
 def parsed(variant: str) -> tuple[str, dict[str, str]]:
@@ -244,10 +329,11 @@ def parsed(variant: str) -> tuple[str, dict[str, str]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| variant | img/s | ms a step | peak GB | start s |", "| --- | --- | --- | --- | --- |"]
+    columns = ("workers", "img_s", "step_ms", "peak_gb", "start_s")
+    lines = ["| variant | workers | img/s | ms a step | peak GB | start s |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        cells = [str(row.get(key, row.get("failed", ""))) for key in ("img_s", "step_ms", "peak_gb", "start_s")]
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+        cells = [str(row.get(key, "")) for key in columns]
+        lines.append(f"| {row['variant']}{': ' + row['failed'] if 'failed' in row else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

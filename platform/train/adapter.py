@@ -226,7 +226,8 @@ def _own(layer: Any, name: str, config: AdapterConfig, seed: int, keys: SampleKe
     layer.lora_A[SLOT] = CastLinear(fresh.to(a.device))
     layer.lora_B[SLOT] = CastLinear(torch.zeros_like(layer.lora_B[SLOT].weight))
     if config.dropout > 0:
-        layer.lora_dropout[SLOT] = KeyedDropout(config.dropout, key_int32(seed, "dropout", name), keys)
+        dropout = KeyedDropout(config.dropout, key_int32(seed, "dropout", name), keys)
+        layer.lora_dropout[SLOT] = dropout.to(a.device)
     if config.dora:
         layer.lora_magnitude_vector[SLOT].weight.data = layer.lora_magnitude_vector[SLOT].weight.data.float()
         layer.lora_magnitude_vector[SLOT].weight.requires_grad_(True)

@@ -38,7 +38,34 @@ class Batch:
     dropout_keys: torch.Tensor
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """In memory that a GPU copies from while this process goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def padded(self, rows: int) -> Self:
+        """With its last sample repeated up to so many."""
+        missing = rows - len(self.latents)
+        if missing <= 0:
+            return self
+        return self._each(lambda tensor: torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]))
+
+    def copied(self) -> Self:
+        return self._each(torch.clone)
+
+    @torch.no_grad()
+    def copy_(self, other: Self) -> None:
+        """In place; shapes must be the same."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name), non_blocking=True)
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(getattr(self, field.name).shape for field in fields(self))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
 def load_portion(

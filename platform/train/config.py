@@ -108,7 +108,15 @@ class LoopConfig(_Section):
     )
     compile: Literal["none", "regional", "full"] = Field(
         default="none",
-        description="for GPUs: regional compiles the UNet's repeated blocks (seconds), full all of it (minutes)",
+        description="for GPUs: regional compiles each kind of the UNet's blocks (a minute for each size of images), "
+        "full all of it at once (minutes)",
+    )
+    fused: bool = Field(
+        default=True, description="on a GPU, compute what the adapter adds by kernels of our own; needs Triton"
+    )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="on a GPU, if compile is not none: record the passes of each shape of batch once and replay them",
     )
     max_bad_steps: int = Field(
         default=10, ge=1, description="steps in a row with a loss or gradient that is no number, before the run ends"
@@ -181,7 +189,9 @@ class WatchConfig(_Section):
     """Who is told how it goes. TensorBoard's files are always written."""
 
     mlflow_uri: str | None = Field(
-        default=None, min_length=1, description="tracking server or folder; empty: no MLflow"
+        default=None,
+        min_length=1,
+        description="tracking server, or a database such as sqlite:///runs.db (with all of mlflow); empty: no MLflow",
     )
     wandb_project: str | None = Field(default=None, min_length=1, description="project; empty: no Weights & Biases")
     metrics_port: int | None = Field(
@@ -215,8 +225,8 @@ class TrainConfig(_Section):
     def _check(self) -> Self:
         if self.adapter.dora and self.publish:
             raise ValueError(
-                "adapter.dora makes an adapter that cannot be served and so not be published: set publish=false to get "
-                "its file only, or adapter.dora=false"
+                "adapter.dora makes an adapter that cannot be served and so not be published, which only LoRAs can, "
+                "adapter.rslora too: set publish=false to get its file, which diffusers loads, or adapter.dora=false"
             )
         if self.adapter.dora and self.adapter.rslora:
             raise ValueError("adapter.dora and adapter.rslora cannot both be true: choose one")

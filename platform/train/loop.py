@@ -6,11 +6,10 @@ all are summed in one go. An adapter is small, so nothing is sharded and nothing
 
 import logging
 import math
-import signal
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,14 +24,28 @@ from lorafleet.train.checkpoint import Checkpoints, Progress, Snapshot
 from lorafleet.train.config import TrainConfig
 from lorafleet.train.data import EncodedSet
 from lorafleet.train.forward import Denoiser
+from lorafleet.train.graphs import Graphs
 from lorafleet.train.group import Group
 from lorafleet.train.optimizer import RunningMean, learning_rate, make_optimizer
-from lorafleet.train.quantise import quantise_linears
-from lorafleet.train.sampler import Sampler
+from lorafleet.train.preparation import prepare
+from lorafleet.train.sampler import Portion, Sampler, StepPlan
+from lorafleet.train.stopping import stop_signals
 from lorafleet.train.validation import Validator, at_rest, note
 from lorafleet.train.watch import StepReport, ValidationReport, Watcher
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that has been given to the device. `numbers`: loss, gradient's norm and how many workers wish to stop, on
+    the CPU once `done` is reached."""
+
+    plan: StepPlan
+    rate: float
+    numbers: torch.Tensor
+    done: torch.cuda.Event | None
+    at: float
 
 
 @dataclass(eq=False)
@@ -73,13 +86,17 @@ class Trainer:
         )
         decay = config.optimizer.ema_decay
         self.mean = None if decay is None else RunningMean(decay, self.adapter.parameters)
-        if config.loop.gradient_checkpointing:
-            _checkpoint_gradients(self.base, self.adapter.parts)
-        if config.loop.quantise_base:
-            quantise_linears(self.base.pipeline.unet)
-        if config.loop.compile != "none":
-            _compile(self.base.pipeline.unet, is_whole=config.loop.compile == "full")
+        prepare(self.base, self.adapter, config.loop)
         self.adapter.train()
+        self.is_on_gpu = self.group.device.type == "cuda"
+        # Where the device itself can leave out a bad step, a step's numbers are read while the next one is computed
+        can_skip = config.optimizer.name == "adamw" and self.mean is None and not self.scaler.is_enabled()
+        self.lag = 1 if self.is_on_gpu and can_skip else 0
+        self.outstanding = 0
+        self._settled_at = 0.0
+        loop = config.loop
+        is_recorded = loop.cuda_graphs and loop.compile != "none" and not loop.gradient_checkpointing and self.lag > 0
+        self.graphs = Graphs(self._losses, self.parameters) if is_recorded else None
 
     def batches(self) -> Iterator[Batch]:
         """This worker's portions from the next step on, made one ahead in a thread, on the CPU."""
@@ -89,8 +106,7 @@ class Trainer:
             for step in range(self.progress.step, loop.steps):
                 for portion in self.sampler.step(step).portions[self.group.rank :: self.group.size]:
                     yield partial(
-                        load_portion,
-                        self.data,
+                        self._load,
                         portion,
                         step,
                         config=config.objective,
@@ -101,37 +117,90 @@ class Trainer:
 
         return ahead(tasks())
 
+    def _load(self, portion: Portion, step: int, **options: Any) -> Batch:
+        batch = load_portion(self.data, portion, step, **options)
+        if self.config.loop.compile != "none":  # or the last portion of an epoch would be compiled for itself
+            batch = batch.padded(self.config.loop.portion)
+        return batch.pinned() if self.is_on_gpu else batch
+
     def step(self, batches: Iterator[Batch], wants_stop: bool) -> tuple[StepReport, bool]:
         """Takes one step; what it came to, and whether any worker wants to stop."""
-        started = time.perf_counter()
-        config, progress = self.config, self.progress
-        plan = self.sampler.step(progress.step)
+        return self.settle(self.launch(batches, wants_stop))
+
+    def launch(self, batches: Iterator[Batch], wants_stop: bool) -> Launched:
+        """Gives the next step to the device. At most `lag` may be launched and not settled before it."""
+        assert self.outstanding <= self.lag
+        at = time.perf_counter()
+        config = self.config
+        plan = self.sampler.step(self.progress.step + self.outstanding)
         loss = torch.zeros((), device=self.group.device)
-        for _ in plan.portions[self.group.rank :: self.group.size]:
-            batch = next(batches).to(self.group.device)
-            losses = self.denoiser.losses(batch, min_snr_gamma=config.objective.min_snr_gamma)
-            portion_loss = losses.sum() / plan.samples
-            torch.autograd.backward(self.scaler.scale(portion_loss))
-            loss += portion_loss.detach()
-        loss, stops = self._reduce(loss, wants_stop)
-        rate = learning_rate(config.optimizer, progress.step, config.loop.steps)
+        for portion in plan.portions[self.group.rank :: self.group.size]:
+            loss += self._passes(next(batches), len(portion), plan.samples)
+        loss, wish = self._reduce(loss, wants_stop)
+        rate = learning_rate(config.optimizer, plan.step, config.loop.steps)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip)
-        total, size = torch.stack([loss, norm]).tolist()  # the one time that a GPU is waited for
+        numbers = torch.stack([loss, norm, wish])
+        done = None
+        if self.lag:
+            # https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html, `fused`: what a scaler would set
+            self.optimizer.found_inf = 1.0 - numbers[:2].isfinite().all().float()  # type: ignore[attr-defined]
+            self._update(rate)
+            numbers = numbers.to("cpu", non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        self.outstanding += 1
+        return Launched(plan, rate, numbers, done, at)
+
+    def settle(self, launched: Launched) -> tuple[StepReport, bool]:
+        """What the oldest launched step came to, and whether any worker wants to stop."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        total, size, wish = launched.numbers.tolist()  # the one time that a GPU is waited for
         is_good = math.isfinite(total) and math.isfinite(size)
-        if is_good:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.scaler.step(self.optimizer)
-            if self.mean is not None:
-                self.mean.update(progress.updates)
-            progress.updates += 1
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        progress = self.progress
+        if not self.lag:
+            if is_good:
+                self._update(launched.rate)
+                if self.mean is not None:
+                    self.mean.update(progress.updates)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        progress.updates += is_good
+        self.outstanding -= 1
         self._book(is_good)
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds = now - max(launched.at, self._settled_at)
+        self._settled_at = now
         progress.seconds += seconds
-        return StepReport(progress.step, plan.epoch, total, rate, size, plan.samples, seconds, is_good), stops
+        plan = launched.plan
+        report = StepReport(progress.step, plan.epoch, total, launched.rate, size, plan.samples, seconds, is_good)
+        return report, wish > 0
+
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        return self.denoiser.losses(batch, min_snr_gamma=self.config.objective.min_snr_gamma)
+
+    def _passes(self, batch: Batch, samples: int, of: int) -> torch.Tensor:
+        """Adds a portion's share to the gradients; its share of the loss. Its first samples count, of so many."""
+        if self.graphs is None:
+            loss = self._losses(batch.to(self.group.device))[:samples].sum() / of
+            torch.autograd.backward(self.scaler.scale(loss))
+            return loss.detach()
+        loss, gradients = self.graphs.run(batch, samples, of)
+        sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if sums:
+            torch._foreach_add_(sums, gradients)
+        else:
+            for parameter, gradient in zip(self.parameters, torch._foreach_mul(gradients, 1.0), strict=True):
+                parameter.grad = gradient
+        return loss
+
+    def _update(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        if self.lag:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def snapshot(self) -> Snapshot:
         """Copies of everything on the CPU, the run goes on meanwhile."""
@@ -154,13 +223,15 @@ class Trainer:
 
     @contextmanager
     def as_result(self) -> Iterator[None]:
-        """The adapter as it would be handed out now: its running mean, without dropout."""
+        """The adapter as it would be handed out now: its running mean, without dropout. Nothing is compiled for it."""
         weights = None
         if self.mean is not None:
             weights = self.adapter.state()
             self.adapter.load(self.mean.state())
         try:
-            with at_rest(self.adapter):
+            with at_rest(self.adapter), ExitStack() as stack:
+                if self.config.loop.compile != "none":
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
                 yield
         finally:
             if weights is not None:
@@ -175,21 +246,21 @@ class Trainer:
         self.progress = self.group.agreed(self.progress)  # sums may differ in their last bit, decisions must not
         return loss
 
-    def _reduce(self, loss: torch.Tensor, wants_stop: bool) -> tuple[torch.Tensor, bool]:
+    def _reduce(self, loss: torch.Tensor, wants_stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums loss and gradients over all workers in one go, and with them the wish to stop."""
         for parameter in self.parameters:
             if parameter.grad is None:  # this worker had no portion
                 parameter.grad = torch.zeros_like(parameter)
+        wish = torch.full_like(loss, float(wants_stop))
         if self.group.size == 1:
-            return loss, wants_stop
+            return loss, wish
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        wish = loss.new_tensor([float(wants_stop)])
-        flat = torch.cat([loss.reshape(1), wish, *(gradient.reshape(-1) for gradient in gradients)])
+        flat = torch.cat([torch.stack([loss, wish]), *(gradient.reshape(-1) for gradient in gradients)])
         self.group.sum_(flat)
         summed = torch.split(flat[2:], [gradient.numel() for gradient in gradients])
-        for gradient, values in zip(gradients, summed, strict=True):
-            gradient.copy_(values.view_as(gradient))
-        return flat[0], bool(flat[1] > 0)
+        views = [values.view_as(gradient) for values, gradient in zip(summed, gradients, strict=True)]
+        torch._foreach_copy_(gradients, views)
+        return flat[0], flat[1]
 
     def _book(self, is_good: bool) -> None:
         progress, limit = self.progress, self.config.loop.max_bad_steps
@@ -221,18 +292,24 @@ def fit(trainer: Trainer, checkpoints: Checkpoints, watcher: Watcher | None) -> 
             watcher.before(trainer)
     stops = trainer.progress.stopped_early
     batches = trainer.batches()
-    with _stop_signals() as asked:
+    waiting: deque[Launched] = deque()
+    with stop_signals() as asked:
         while trainer.progress.step < config.loop.steps and not stops:
-            report, stops = trainer.step(batches, asked.is_set())
-            if watcher is not None:
-                watcher.step(report)
-            step = trainer.progress.step
+            waiting.append(trainer.launch(batches, asked.is_set()))
+            step = trainer.progress.step + len(waiting)
             is_last = step == config.loop.steps
+            looks = is_last or step % config.validation.every_steps == 0
+            saves = is_last or step % config.checkpoint.every_steps == 0
+            while waiting and (looks or saves or stops or len(waiting) > trainer.lag):
+                report, is_asked = trainer.settle(waiting.popleft())
+                stops = stops or is_asked
+                if watcher is not None:
+                    watcher.step(report)
             loss = None
-            if is_last or step % config.validation.every_steps == 0:
+            if looks:
                 loss = _look(trainer, watcher)
                 stops = stops or trainer.progress.stopped_early
-            if group.leads and (stops or is_last or step % config.checkpoint.every_steps == 0 or loss is not None):
+            if group.leads and (saves or stops or loss is not None):
                 checkpoints.save(trainer.snapshot(), loss=loss)
     if group.leads:
         checkpoints.wait()
@@ -246,46 +323,6 @@ def _look(trainer: Trainer, watcher: Watcher | None) -> float | None:
         with trainer.as_result():
             watcher.validation(ValidationReport(trainer.progress.step, loss), trainer)
     return loss
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Set on the first SIGTERM or SIGINT, if this is the main thread; the second one ends the process as ever."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_signal(number: int, _: object) -> None:
-        asked.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _checkpoint_gradients(base: Base, parts: tuple[str, ...]) -> None:
-    for part in parts:
-        model = getattr(base.pipeline, part)
-        if part == "unet":
-            model.enable_gradient_checkpointing()
-        else:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _compile(unet: Any, *, is_whole: bool) -> None:
-    """In place. Convolutions like channels last once the norms around them are compiled too."""
-    if is_whole:
-        unet.to(memory_format=torch.channels_last)
-        unet.compile(fullgraph=True)
-    else:
-        unet.compile_repeated_blocks(fullgraph=True)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """A run's numbers for Prometheus: its own port for a process of ours, Ray's for a worker of Ray."""
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -32,31 +33,55 @@ GAUGES: Final[Mapping[str, Metric]] = {
 
 Send = Callable[[float], object]
 """Sets a gauge, or adds to a counter."""
+REPEAT_S: Final = 5.0
+"""Ray's agent forgets a gauge that is not set between two of its reports, 10 s apart; a validation takes longer."""
 
 
 class Metrics:
-    """A Tracker that sets gauges, and counts the steps that were none."""
+    """A Tracker that sets gauges, and counts the steps that were none.
 
-    def __init__(self, make: Callable[[Metric], Send], close: Callable[[], None] = lambda: None) -> None:
-        self._gauges = {key: make(metric) for key, metric in GAUGES.items()}
-        self._step = make(TRAIN_STEP)
+    `repeat_s`: how often gauges are set again to what they were; None: never.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Metric], Send],
+        close: Callable[[], None] = lambda: None,
+        *,
+        repeat_s: float | None = None,
+    ) -> None:
+        self._gauges = {key: make(metric) for key, metric in {**GAUGES, "step": TRAIN_STEP}.items()}
+        self._values: dict[str, float] = {}
         self._skipped = make(TRAIN_SKIPPED_STEPS)
         self._skipped(0)
         self._close = close
+        self._ended = threading.Event()
+        self._repeater: threading.Thread | None = None
+        if repeat_s is not None:
+            self._repeater = threading.Thread(target=self._repeat, args=(repeat_s,), name="gauges", daemon=True)
+            self._repeater.start()
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._step(step)
         if not all(math.isfinite(values.get(key, 0.0)) for key in ("train/loss", "train/gradient_norm")):
             self._skipped(1)
-        for key, value in values.items():
+        for key, value in {**values, "step": step}.items():
             if key in self._gauges:
+                self._values[key] = value
                 self._gauges[key](value)
 
     def images(self, report: SampleReport) -> None:
         return
 
     def close(self) -> None:
+        self._ended.set()
+        if self._repeater is not None:
+            self._repeater.join()
         self._close()
+
+    def _repeat(self, every_s: float) -> None:
+        while not self._ended.wait(every_s):
+            for key, value in list(self._values.items()):
+                self._gauges[key](value)
 
 
 def served_metrics(port: int) -> Metrics:
@@ -96,4 +121,4 @@ def ray_metrics() -> Metrics:
         gauge: Any = Gauge(metric.name, description=metric.description)
         return lambda value: gauge.set(value)
 
-    return Metrics(make)
+    return Metrics(make, repeat_s=REPEAT_S)

@@ -27,9 +27,9 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[torch.nn.Parame
             parameters, **common, decouple=True, use_bias_correction=True, safeguard_warmup=True
         )
         return optimizer
-    if parameters[0].device.type != "cuda":
+    if parameters[0].device.type not in ("cuda", "cpu"):
         raise ConfigError(
-            f"optimizer.name=adamw8bit needs a CUDA GPU, the device is {parameters[0].device.type}: set "
+            f"optimizer.name=adamw8bit needs a CUDA GPU or a CPU, the device is {parameters[0].device.type}: set "
             "optimizer.name=adamw",
             param="optimizer.name",
         )

@@ -11,6 +11,7 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.clip_score import ClipScorer, clip_scores, scorer_of
 from lorafleet.sdxl.reference import generate
 from lorafleet.train.config import TrainConfig, ValidationConfig
+from lorafleet.train.parking import unparked
 from lorafleet.train.watch import (
     PROGRESS_FILE,
     Bar,
@@ -98,11 +99,15 @@ class Recorder:
 def sample_pictures(base: Base, config: ValidationConfig, step: int, scorer: ClipScorer | None) -> SampleReport:
     """A picture of each prompt, by diffusers' own pipeline on the base as it is now."""
     images = []
-    for i, prompt in enumerate(config.prompts):
-        request = GenerationRequest(
-            prompt=prompt, steps=config.sample_steps, guidance_scale=config.guidance_scale, seed=config.sample_seed + i
-        )
-        images += generate(base, request)
+    with unparked(base):
+        for i, prompt in enumerate(config.prompts):
+            request = GenerationRequest(
+                prompt=prompt,
+                steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.sample_seed + i,
+            )
+            images += generate(base, request)
     scores = None
     if scorer is not None:
         scores = tuple(clip_scores(scorer.images(images), scorer.texts(config.prompts)).tolist())

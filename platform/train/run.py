@@ -86,6 +86,8 @@ def train(
     nothing is published then, and checkpoints stay.
     """
     folder = home() / "runs" / check_name(name)
+    if exports_kohya and config.adapter.dora:
+        raise ConfigError("kohya's format is written of LoRAs only: leave --export out, or set adapter.dora=false")
     if torch.distributed.is_torchelastic_launched():
         return _train_under_torchrun(config, data_url, name, folder, resumes, exports_kohya)
     prepare_folder(folder, config, resumes=resumes)

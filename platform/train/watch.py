@@ -102,14 +102,19 @@ class TensorBoard:
 
 
 class Mlflow:
-    """A run on an MLflow server, or in a folder."""
+    """A run on an MLflow server or in a database; in a folder where MLflow is told to allow it. Raises ConfigError."""
 
     def __init__(self, uri: str, name: str, settings: Mapping[str, Any]) -> None:
         self._mlflow = _library("mlflow", "watch.mlflow_uri", "mlflow")
-        self._mlflow.set_tracking_uri(uri)
-        self._mlflow.set_experiment("lorafleet")
-        self._mlflow.start_run(run_name=name)
-        self._mlflow.log_params(_flat(settings))
+        try:
+            self._mlflow.set_tracking_uri(uri)
+            self._mlflow.set_experiment("lorafleet")
+            self._mlflow.start_run(run_name=name)
+            self._mlflow.log_params(_flat(settings))
+        except self._mlflow.exceptions.MlflowException as error:
+            raise ConfigError(
+                f"watch.mlflow_uri={uri} cannot be used: {' '.join(str(error).split())}", param="watch.mlflow_uri"
+            ) from error
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics({name.replace(" ", "_"): value for name, value in values.items()}, step=step)

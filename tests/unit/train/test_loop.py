@@ -215,6 +215,43 @@ def test_a_lower_precision_keeps_float32_weights(data: EncodedSet, tmp_path: Pat
     assert seen.losses == pytest.approx(exact.losses, rel=0.05)
 
 
+def test_a_smaller_portion_is_padded_to_the_others_size_and_keeps_its_losses(data: EncodedSet) -> None:
+    made = trainer(config(adapter__dropout=0), data)
+    batch = next(made.batches())
+    padded = batch.padded(4)
+    assert [shape[0] for shape in padded.shapes] == [4] * len(batch.shapes)
+    assert torch.equal(padded.latents[2:], batch.latents[1:].expand(2, -1, -1, -1))
+    assert batch.padded(2) is batch
+    with torch.no_grad():
+        few, many = (made.denoiser.losses(each, min_snr_gamma=None) for each in (batch, padded))
+    torch.testing.assert_close(many[:2], few)
+
+
+def test_half_precision_scales_its_gradients_and_lowers_the_scale_when_they_overflow(data: EncodedSet) -> None:
+    plain = trainer(config(), data)
+    exact, _ = plain.step(plain.batches(), wants_stop=False)
+
+    def half() -> Trainer:  # by hand: settings refuse it on a CPU, where it is slow
+        base = load_base(config().base)
+        base.pipeline.unet.half()
+        base = replace(base, dtype=torch.float16)
+        return Trainer(config(), base, data, attach(base, config().adapter, seed=0), Group(0, 1, base.device))
+
+    made = half()
+    good = made.batches()
+    report, _ = made.step(good, wants_stop=False)
+    assert report.is_good
+    assert (report.loss, report.norm) == (pytest.approx(exact.loss, rel=0.02), pytest.approx(exact.norm, rel=0.1))
+    assert made.snapshot().scaler["scale"] == 2.0**12
+    spoilt = replace(next(good), latents=torch.full((2, 4, 16, 16), float("inf")))
+    report, _ = made.step(iter([spoilt, next(good)]), wants_stop=False)
+    assert not report.is_good
+    assert made.snapshot().scaler["scale"] == 2.0**11
+    again = half()
+    again.restore(made.snapshot())
+    assert again.scaler.get_scale() == 2.0**11
+
+
 def test_a_checkpoint_of_other_settings_is_refused(data: EncodedSet, tmp_path: Path) -> None:
     trained(config(loop__steps=2), data, tmp_path)
     with pytest.raises(CheckpointMismatch, match=r"optimizer\.lr=0\.001, this run has 0\.002"):

@@ -1,6 +1,7 @@
 """What Prometheus reads of a run."""
 
 import math
+import queue
 import socket
 import urllib.request
 from dataclasses import replace
@@ -8,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from lorafleet.core.errors import ConfigError
-from lorafleet.core.metrics import ALL, TRAIN_SKIPPED_STEPS, TRAIN_STEP
-from lorafleet.train.metrics import GAUGES, served_metrics
+from lorafleet.core.metrics import ALL, TRAIN_LOSS, TRAIN_SKIPPED_STEPS, TRAIN_STEP, Metric
+from lorafleet.train.metrics import GAUGES, Metrics, Send, served_metrics
 from lorafleet.train.watch import StepReport, step_numbers
 
 
@@ -33,3 +34,20 @@ def test_a_step_can_be_scraped_until_the_run_ends() -> None:
     assert {*GAUGES.values(), TRAIN_STEP, TRAIN_SKIPPED_STEPS} == {
         metric for metric in ALL if metric.name.startswith("lorafleet_train_")
     }
+
+
+def test_gauges_are_set_again_while_no_step_ends_until_they_are_closed() -> None:
+    seen: queue.Queue[tuple[str, float]] = queue.Queue()
+
+    def make(metric: Metric) -> Send:
+        return (lambda value: seen.put((metric.name, value))) if metric.kind == "gauge" else (lambda _: None)
+
+    metrics = Metrics(make, repeat_s=0.01)
+    metrics.numbers({"train/loss": 0.5, "unknown": 1.0}, step=3)
+    told = [seen.get(timeout=5) for _ in range(6)]
+    assert told == [(TRAIN_LOSS.name, 0.5), (TRAIN_STEP.name, 3)] * 3
+    metrics.close()
+    while not seen.empty():
+        seen.get()
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=0.1)

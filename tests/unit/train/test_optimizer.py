@@ -1,5 +1,7 @@
 """The learning rate of every step, and optimizers by name."""
 
+import io
+
 import pytest
 import torch
 
@@ -25,9 +27,34 @@ def test_prodigy_takes_a_step_by_itself() -> None:
     assert (weight < 1).all()
 
 
-def test_eight_bits_need_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA GPU.*optimizer\.name=adamw"):
-        make_optimizer(OptimizerConfig(name="adamw8bit"), [torch.nn.Parameter(torch.ones(3))])
+def test_eight_bits_need_a_device_that_has_them() -> None:
+    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA GPU or a CPU.*optimizer\.name=adamw"):
+        make_optimizer(OptimizerConfig(name="adamw8bit"), [torch.nn.Parameter(torch.ones(3, device="meta"))])
+
+
+def test_eight_bits_go_on_from_a_checkpoint_as_they_were() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'lorafleet[adamw8bit]'")
+    gradients = [torch.randn(64, 128, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+
+    def stepped(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: list[torch.Tensor]) -> None:
+        for gradient in steps:
+            weight.grad = gradient.clone()
+            optimizer.step()
+
+    weight = torch.nn.Parameter(torch.ones(64, 128))
+    optimizer = make_optimizer(OptimizerConfig(name="adamw8bit", lr=1e-2), [weight])
+    stepped(weight, optimizer, gradients[:3])
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    stream = io.BytesIO()
+    torch.save(optimizer.state_dict(), stream)
+    stream.seek(0)
+    other = torch.nn.Parameter(weight.detach().clone())
+    again = make_optimizer(OptimizerConfig(name="adamw8bit", lr=1e-2), [other])
+    again.load_state_dict(torch.load(stream, weights_only=True))
+    stepped(weight, optimizer, gradients[3:])
+    stepped(other, again, gradients[3:])
+    assert (weight < 1).any()
+    assert torch.equal(weight, other)
 
 
 def test_the_running_mean_follows_and_comes_back() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lorafleet.core.errors import AdapterNotFound, ConfigError, InvalidRequest
+from lorafleet.core.errors import AdapterNotFound, AdapterUnreadable, ConfigError, InvalidRequest
 from lorafleet.core.registry import open_registry
-from lorafleet.sdxl.adapter_file import base_targets
+from lorafleet.sdxl.adapter_file import adapter_facts, base_targets
 from lorafleet.sdxl.lora_read import read_adapter
 from lorafleet.train.config import TrainConfig
 from lorafleet.train.merge import merge_in_registry
@@ -116,6 +117,24 @@ def test_what_cannot_be_trained_leaves_nothing(own_home: Path, tmp_path: Path) -
     assert not open_registry(config().registry).entries()
 
 
-def test_a_missing_library_is_named_before_anything_is_trained(own_home: Path, tmp_path: Path) -> None:
+def test_a_dora_is_a_file_that_the_registry_refuses_by_its_name(own_home: Path, tmp_path: Path) -> None:
+    settings = TrainConfig.model_validate(
+        {**config(validation={}).model_dump(), "adapter": {"dora": True, "dropout": 0}, "publish": False}
+    )
+    with pytest.raises(ConfigError, match=r"kohya's format is written of LoRAs only"):
+        train(settings, str(tmp_path), "magnitudes", exports_kohya=True)
+    made = train(settings, str(pictures(tmp_path / "pictures")), "magnitudes")
+    assert made.manifest is None
+    assert (made.folder / "report.html").is_file()
+    targets = base_targets(settings.base)
+    with pytest.raises(AdapterUnreadable, match="a DoRA, which is not supported .*: train a LoRA"):
+        open_registry(settings.registry).push("magnitudes", made.adapter, lambda file: adapter_facts(file, targets))
+    assert not open_registry(settings.registry).entries()
+
+
+def test_a_missing_library_is_named_before_anything_is_trained(
+    own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # where it is installed, too
     with pytest.raises(ConfigError, match=r"watch\.wandb_project needs the package wandb: pip install"):
         train(config(watch={"wandb_project": "p"}), str(pictures(tmp_path / "pictures")), "w")

@@ -56,6 +56,7 @@ ADAPTERS, SKEW, SEEDS = 20, 1.1, 5
 SLOTS = 4
 ENGINE = {"exact_jobs": 4, "bank": {"slots": SLOTS, "max_rank": 8}}
 ADMIN_KEY = "of-a-service-that-lives-for-minutes"
+SMALL: dict[str, Any] = {"width": 64, "height": 64}  # where many requests say more than large ones
 DOWNLOAD_S = 5.0  # of an adapter from a slow store
 METRICS_S = 12.0  # after which Ray has exported what happened
 Figures = dict[str, Any]
@@ -123,9 +124,10 @@ def lora(folder: Path, seed: int) -> Path:
     return file
 
 
-def asked(name: str | None, seed: int, steps: int = 2) -> GenerationRequest:
+def asked(name: str | None, seed: int, steps: int = 2, **more: Any) -> GenerationRequest:
     adapters = [] if name is None else [AdapterUse(name=name)]
-    return GenerationRequest(prompt="a red apple on a blue background", seed=seed, steps=steps, adapters=adapters)
+    prompt = "a red apple on a blue background"
+    return GenerationRequest(prompt=prompt, seed=seed, steps=steps, adapters=adapters, **more)
 
 
 def pixels(png: bytes) -> str:
@@ -149,7 +151,7 @@ def alone(registry: Registry, wanted: list[tuple[str, int]]) -> dict[tuple[str, 
     """What one thread makes of each request, one after the other."""
     torch.set_num_threads(1)
     pipeline = Pipeline(load_base(BaseConfig(device="cpu")), EngineSettings.model_validate(ENGINE), registry)
-    return {(name, seed): pixels(pipeline.generate(asked(name, seed)).images[0]) for name, seed in wanted}
+    return {(name, seed): pixels(pipeline.generate(asked(name, seed, **SMALL)).images[0]) for name, seed in wanted}
 
 
 async def _mixed(
@@ -164,7 +166,7 @@ async def _mixed(
 
         async def one(name: str, seed: int) -> tuple[bool, float]:
             start = time.perf_counter()
-            png = (await running.client.generate(asked(name, seed))).images[0]
+            png = (await running.client.generate(asked(name, seed, **SMALL))).images[0]
             seconds = time.perf_counter() - start
             is_right = pixels(png) == truth[name, seed] and versions[name] in str(extract(png).adapters)
             return is_right, seconds

@@ -21,7 +21,15 @@ from lorafleet.serve.deploy import ELSEWHERE
 from lorafleet.train.config import TrainConfig
 
 CHART: Final = Path(__file__).parent.parent / "deploy" / "helm" / "lorafleet"
-SET_BY_VALUES: Final = {*ELSEWHERE, "replica_cpus", "replica_gpus", "replica_threads", "drain_s", "log_level"}
+SET_BY_VALUES: Final = {
+    *ELSEWHERE,
+    "replica_cpus",
+    "replica_gpus",
+    "replica_threads",
+    "drain_s",
+    "log_level",
+    "log_format",
+}
 SECRET: Final = {"admin_key"}
 TEXT: Final = {"type": "string"}
 QUANTITY: Final = {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGTP]i?|k)?$"}

@@ -82,7 +82,9 @@ class RunConfig(_Section):
         default=8, ge=1, le=256, description="pictures made at once; part of what decides their last bits"
     )
     threads: int = Field(default=1, ge=1, le=256, description="of each worker on a CPU")
-    ray: bool = Field(default=False, description="workers are actors of Ray, on RAY_ADDRESS if that is set")
+    ray: bool | None = Field(
+        default=None, description="workers are actors of Ray; empty: where RAY_ADDRESS is set, as in a RayJob"
+    )
     ray_address: str | None = Field(
         default=None, description='a Ray cluster, "auto" for the one around; empty: RAY_ADDRESS, else one of our own'
     )

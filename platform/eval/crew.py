@@ -63,6 +63,8 @@ def draw_all(
             crew.send(worker, batch)
             working[worker] = batch
         answer = crew.wait()
+        if answer.worker not in working:  # it died idle
+            continue
         batch = working.pop(answer.worker)
         idle.append(answer.worker)
         if answer.is_lost:

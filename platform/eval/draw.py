@@ -123,7 +123,8 @@ class PipelineDrawer:
         if any(not np.asarray(image).any() for image in images):
             # diffusers turns NaN into black pictures
             raise GenerationFailed(
-                f"system {batch.system.name} drew a black picture, as of NaN: set base.dtype=float32 or bfloat16"
+                f"system {batch.system.name} drew a black picture, as NaN or a safety checker does: "
+                "try base.dtype=float32"
             )
         return images
 

@@ -52,10 +52,6 @@ class ImageStore:
             return
         write_atomically(path, stream.getvalue())
 
-    def get(self, key: str) -> Image.Image:
-        """RGB. Raises DataUnreadable."""
-        return read_picture(self.path(key))
-
     def seconds(self, key: str) -> float:
         """What `put` was told."""
         with Image.open(self.path(key)) as image:

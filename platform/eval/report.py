@@ -222,13 +222,14 @@ def _overfit(results: Results, baseline: str) -> str:
     for name in results.names:
         found = None if name == baseline else results.overfit(name, baseline)
         if found is not None:
-            verdict = "part of the gain is learnt by heart" if found.low > 0 else "no sign of it"
+            verdict = "held-out prompts gain less" if found.low > 0 else "no sign that held-out prompts gain less"
             rows.append(
                 (False, [html.escape(name), f"{found.mean:+.2f}", _interval(found.low, found.high, sign=True), verdict])
             )
     if not rows:
         return ""
-    about = "<p>The change on prompts that training showed, less the change on held-out ones.</p>"
+    training = html.escape(results.suite.training)
+    about = f"<p>The change on prompts that {training} showed, less the change on held-out ones.</p>"
     return f"<h2>Overfitting</h2>{about}" + _table(("model", "difference", "interval", ""), rows)
 
 

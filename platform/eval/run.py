@@ -86,7 +86,7 @@ def run_suite(
     Raises LorafleetError in one sentence naming the prompt, picture or system at fault; finished pictures stay.
     """
     with contextlib.ExitStack() as stack:
-        if config.run.ray:
+        if uses_ray(config):
             from lorafleet.eval.ray_crew import connected
 
             stack.enter_context(connected(config))
@@ -97,26 +97,31 @@ def _run_suite(
     suite: Suite, specs: Sequence[SystemSpec], config: EvalConfig, folder: Path | None, on_progress: OnProgress
 ) -> Run:
     """Where Ray is connected, if it is wanted."""
-    plan = plan_run(suite, specs, config)
+    plan = plan_run(suite, specs, config, folder=folder)
     store = ImageStore(home() / "eval" / "images")
     ready = {
         system.name: match_folder(system, plan.suite, plan.seeds) for system in plan.systems if system.kind == "folder"
     }
-    check_prompts(plan, config)
+    window = check_prompts(plan, config)
     draw_missing(plan, store, config, on_progress)
     folder = folder or home() / "eval" / "runs" / f"{plan.suite.name}-{plan.digest[:12]}"
-    document = _document(plan, ready, config)
+    document = {**_document(plan, ready), "prompts": window}
     settings = config.model_copy(update={"run": config.run.model_copy(update={"api_key": None})})
     write_atomically(folder / SETTINGS_FILE, dump(settings).encode())
     write_atomically(folder / RUN_FILE, json.dumps(document, ensure_ascii=False, indent=1).encode())
     return open_run(folder)
 
 
-def plan_run(suite: Suite, specs: Sequence[SystemSpec], config: EvalConfig) -> Plan:
-    """What `run_suite` would make. Raises as it does. Asks the Ray that is connected, if `run.ray`, for GPUs."""
+def uses_ray(config: EvalConfig) -> bool:
+    """Whether Ray is wanted."""
+    return bool(os.environ.get("RAY_ADDRESS")) if config.run.ray is None else config.run.ray
+
+
+def plan_run(suite: Suite, specs: Sequence[SystemSpec], config: EvalConfig, *, folder: Path | None = None) -> Plan:
+    """What `run_suite` would make. Raises as it does. Asks the Ray that is connected, where one is used, for GPUs."""
     systems = resolve_systems(specs, config)
     asked = [each.fingerprint for each in systems if each.kind in ("lorafleet", "openai")]
-    run = digest_of([suite.digest, asked, config.sampling.model_dump(mode="json")]) if asked else ""
+    run = digest_of([suite.digest, asked, config.sampling.model_dump(mode="json"), str(folder)]) if asked else ""
     return make_plan(suite, systems, config, device=_device(config), run=run)
 
 
@@ -233,7 +238,7 @@ def draw_missing(plan: Plan, store: ImageStore, config: EvalConfig, on_progress:
 def _draw_here(batches: Sequence[Batch], config: EvalConfig, keep: Callable[[Batch, Sequence[Drawn]], None]) -> None:
     from lorafleet.eval.crew import Alone, Crew, Processes, draw_all
 
-    if config.run.ray:
+    if uses_ray(config):
         from lorafleet.eval.ray_crew import Actors
 
         crew: Crew = Actors(config, most=len(batches))
@@ -291,7 +296,7 @@ def _device(config: EvalConfig) -> str:
     """Kind of device that pictures are drawn on: on Ray it is what the workers' nodes have."""
     if config.base.device != "auto":
         return config.base.device.partition(":")[0]
-    if config.run.ray:
+    if uses_ray(config):
         from lorafleet.eval.ray_crew import has_gpus
 
         return "cuda" if has_gpus(config) else "cpu"
@@ -300,7 +305,7 @@ def _device(config: EvalConfig) -> str:
     return resolve_device("auto").type
 
 
-def _document(plan: Plan, ready: Mapping[str, list[dict[str, Any]]], config: EvalConfig) -> dict[str, Any]:
+def _document(plan: Plan, ready: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     pictures = {
         system.name: ready.get(system.name)
         or [
@@ -328,7 +333,6 @@ def _document(plan: Plan, ready: Mapping[str, list[dict[str, Any]]], config: Eva
         "seeds": plan.seeds,
         "systems": systems,
         "pictures": pictures,
-        "prompts": check_prompts(plan, config),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
         "device": plan.device,
     }

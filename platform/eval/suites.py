@@ -64,6 +64,9 @@ class Suite(_Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     version: int = Field(default=1, ge=1, description="raised whenever a prompt changes")
     description: str = Field(default="", max_length=2000)
+    training: str = Field(
+        default="training", max_length=200, description="whose training the prompts' `trained` is about, for the report"
+    )
     settings: Settings = Settings()
     prompts: tuple[Prompt, ...]
 

@@ -11,6 +11,9 @@
     dalle=openai:https://api.openai.com,model=dall-e-3
     mini=folder:PATH                              ready pictures with captions (metadata.jsonl, metadata.csv, .txt)
 
+What an endpoint drew is kept for the same command; with another folder for the run it is asked anew, as what stands
+behind an address changes.
+
 Options: steps, guidance, scheduler (of this system only, in place of the suite's); revision (of a hub id); model and
 adapters (of an endpoint). Imports no torch.
 """
@@ -50,7 +53,7 @@ _USES: Final[TypeAdapter[list[AdapterUse]]] = TypeAdapter(AdapterUses)
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """A system as it was asked for. `weights`: of the parts of `target`, for adapters."""
+    """A system as it was asked for."""
 
     name: str
     kind: Kind

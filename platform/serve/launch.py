@@ -23,6 +23,8 @@ from typing import Any, Final
 from lorafleet.core.config import home
 from lorafleet.core.errors import ConfigError, LorafleetError, NotReady
 from lorafleet.core.local_ray import prepare_local_ray
+from lorafleet.core.registry_samples import seed_registry
+from lorafleet.models import SAMPLE_REGISTRY
 from lorafleet.sdxl.folder import find_base
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.tracing import endpoint
@@ -87,6 +89,8 @@ def running_service(settings: ServeSettings, stop: threading.Event | None = None
         check_port(LOOPBACK, settings.metrics_port, "metrics_port")
     find_base(settings.base)
     endpoint(settings)
+    if settings.base.id == "emojixl":
+        seed_registry(settings.registry, SAMPLE_REGISTRY)
     with _environment(settings), _ray(settings):
         _check(stop)
         from ray import serve

@@ -23,7 +23,7 @@ def test_what_the_schema_refuses_is_told_by_its_path(chart: Chart) -> None:
             "train": {"jobs": [{"data": "s3://b", "settings": {"loop": {"step": 3}}}]},
             "redis": {"external": {"address": "redis"}},
             "serve": {
-                "settings": {"port": 1, "admin_key": "x" * 16, "engine": {"max_bacth": 4}},
+                "settings": {"admin_key": "x" * 16, "engine": {"max_bacth": 4}},
                 "limits": {"maxQueued": -1, "requestTimeoutSeconds": "soon"},
                 "upgrade": {"type": "Recreate"},
                 "worker": {"gpu": {"resource": "gpu"}, "cacheSize": "big"},
@@ -44,7 +44,7 @@ def test_what_the_schema_refuses_is_told_by_its_path(chart: Chart) -> None:
         "at '/train/jobs/0': missing property 'name'",
         "at '/train/jobs/0/settings/loop': additional properties 'step' not allowed",
         "at '/redis/external/address': 'redis' does not match pattern",
-        "at '/serve/settings': additional properties 'admin_key', 'port' not allowed",
+        "at '/serve/settings': additional properties 'admin_key' not allowed",
         "at '/serve/settings/engine': additional properties 'max_bacth' not allowed",
         "at '/serve/limits/maxQueued': minimum: got -1, want 0",
         "at '/serve/limits/requestTimeoutSeconds': got string, want integer",

@@ -52,8 +52,13 @@ for line in sys.stdin:
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate_json(line))
     print("taken", flush=True)
 """
-ARGS = {"base": {"device": "cpu"}, "cache": {"max_bytes": 0}, "engine": {"bank": {"slots": 2, "max_rank": 8}}}
-LONG = {"prompt": "red apple", "steps": 30}
+ARGS = {
+    "base": {"device": "cpu"},
+    "cache": {"max_bytes": 0},
+    "engine": {"bank": {"slots": 2, "max_rank": 8}},
+    "drain_s": 300,
+}
+LONG = {"prompt": "red apple", "steps": 15}
 
 
 @dataclass

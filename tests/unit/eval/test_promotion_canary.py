@@ -1,11 +1,18 @@
 """When a canary passes, breaches or is watched on, and what is read of metrics."""
 
+import contextlib
 import itertools
+import json
 import math
+import socket
+import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import httpx
 import pytest
 
 from lorafleet.core.errors import StorageUnavailable
@@ -95,6 +102,14 @@ def page() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def exported(ok: int, error: int, below: tuple[int, int], process: str = "a") -> str:
     labels = f'adapter="plush",version="abc",Pid="{process}"'
     name, seconds = "ray_lorafleet_gateway_adapter_uses_total", "ray_lorafleet_gateway_adapter_seconds_bucket"
@@ -125,3 +140,39 @@ def test_a_server_that_is_no_prometheus_is_said(page: str) -> None:
     Page.text = "<html>"
     with pytest.raises(StorageUnavailable, match="does not answer as a Prometheus"):
         Prometheus(page, "plush", sleep=lambda _: None)
+
+
+def test_a_prometheus_says_what_has_come_since_the_watch_began(
+    page: str, tmp_path: Path, require: Callable[[str], str], unused_port: int
+) -> None:
+    Page.text = exported(100, 5, (90, 100))
+    target = page.removeprefix("http://").removesuffix("/metrics")
+    scrape = [{"job_name": "gateway", "static_configs": [{"targets": [target]}]}]
+    settings = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}, "scrape_configs": scrape}
+    (tmp_path / "prometheus.yml").write_text(json.dumps(settings))
+    options = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    command = [require("prometheus"), *options, f"--web.listen-address=127.0.0.1:{unused_port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{unused_port}"
+        until(lambda: bool(httpx.get(f"{url}/api/v1/query", params={"query": "up == 1"}).json()["data"]["result"]))
+        time.sleep(2)  # so that there is a sample from before the watch, which looks back by whole seconds
+        prometheus = Prometheus(url, "plush")
+        Page.text = exported(110, 6, (95, 110)) + exported(2, 1, (0, 2), process="b")  # one that is new
+        expected = Tally(14, 2, {0.5: 5, math.inf: 7})
+        until(lambda: prometheus.read() == {"abc": expected})
+        Page.text = exported(3, 1, (3, 3)) + exported(2, 1, (0, 2), process="b")  # the first has begun anew
+        until(lambda: prometheus.read()["abc"].requests == 4 + 3)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if holds():
+                return
+        assert time.monotonic() < give_up_at
+        time.sleep(0.1)

@@ -12,6 +12,7 @@ changes with adapters, limits and settings, and KubeRay hands it to the cluster 
 {{- $_ := set $args "replica_threads" $serve.replica.threads -}}
 {{- $_ := set $args "drain_s" $serve.drainSeconds -}}
 {{- $_ := set $args "log_level" (lower $serve.logLevel) -}}
+{{- $_ := set $args "log_format" "json" -}}
 {{- with include "lorafleet.registrySettings" . | fromYaml -}}
 {{- $_ := set $args "registry" (merge (dict) . (default (dict) $args.registry)) -}}
 {{- end -}}

@@ -47,8 +47,8 @@ bench-http: .venv/serve ## requests per second and latency, in one process and o
 bench-train: .venv/train ## images per second and memory of training, beside a loop as in diffusers' script; for GPUs
 	PYTHONPATH=loadtests $(BIN)/python loadtests/train_bench.py $(ARGS)
 
-bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, kill, scale
-	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push kill scale)
+bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, slow, kill, scale
+	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push slow kill scale)
 
 monitor: .venv/serve ## Prometheus beside a service that runs with metrics_port=9400 (ARGS="--metrics-port N" for another)
 	$(BIN)/python scripts/monitor.py $(ARGS)
@@ -86,5 +86,5 @@ clean: ## remove what these targets made
 	@touch $@
 
 .venv/dev: .venv/serve
-	$(PIP) --editable '.[serve,train,dev]'
+	$(PIP) --editable '.[serve,train,eval,dev]'
 	@touch $@

@@ -41,6 +41,12 @@ def _actionlint() -> str | None:
     return shutil.which("actionlint") or shutil.which("actionlint", path=str(Path(sys.executable).parent))
 
 
+def _postgres() -> str | None:
+    versions = Path("/usr/lib/postgresql")  # Debian's way, not in PATH
+    found = sorted(versions.glob("*/bin/postgres")) if versions.exists() else []
+    return shutil.which("postgres") or (str(found[-1]) if found else None)
+
+
 # Optional things: how to find one, and what to say when it is missing.
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
@@ -52,6 +58,8 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
         lambda: shutil.which("redis-server"),
         "no redis-server on this machine: apt-get install redis-server",
     ),
+    "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
+    "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
     "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),
@@ -81,8 +89,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if kind in KINDS:
             item.add_marker(kind)
         # Of two processes one has the service, and all that starts another; a module stays whole for its fixtures.
-        group = "service" if kind in SERVICE_KINDS else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("xdist_group") is None:
+            group = "service" if kind in SERVICE_KINDS else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
 
 

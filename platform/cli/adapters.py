@@ -100,12 +100,18 @@ def show(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a version is, and which others and which aliases there are."""
+    """Say what a version is, what evaluations found of it, and which others and which aliases there are."""
     opened = _open(registry, config, overrides)[0]
     manifest = opened.resolve(name, draw=0.0).manifest
     record = opened.record(manifest.name)
     versions = [{"version": each.version, "pushed_at": each.pushed_at.isoformat()} for each in record.manifests]
-    document = {**_document(manifest), "aliases": record.entry.aliases, "versions": versions}
+    evaluations = opened.evaluations(manifest)
+    document = {
+        **_document(manifest),
+        "aliases": record.entry.aliases,
+        "versions": versions,
+        "evaluations": {number: each.model_dump(mode="json") for number, each in evaluations.items()},
+    }
     if as_json:
         typer.echo(json.dumps(document, ensure_ascii=False))
         return
@@ -115,6 +121,11 @@ def show(
         typer.echo(f"{'alias ' + alias:<17} {_split(shares)}")
     for each in record.manifests:
         typer.echo(f"{'version':<17} {each.version[:VERSION_CHARS]}  {each.pushed_at:%Y-%m-%d %H:%M}")
+    for found in evaluations.values():
+        about = f"{found.suite}, {found.prompts} prompts {found.suite_digest[:VERSION_CHARS]}"
+        typer.echo(f"{'evaluation':<17} {found.decided_at:%Y-%m-%d %H:%M}  {found.decision}  {about}")
+        for reason in found.reasons:
+            typer.echo(f"{'':<17} - {reason}")
 
 
 @adapters.command()

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lorafleet.cli.options import ConfigFile, Json, Overrides, serve_settings
 from lorafleet.core.errors import InvalidRequest, RecipeMismatch
-from lorafleet.core.generation import SCHEDULERS, GenerationRequest
+from lorafleet.core.generation import MAX_STEP_REUSE, SCHEDULERS, GenerationRequest
 from lorafleet.core.ranges import invalid_request
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels [default: the base model's].")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)} [default: euler].")] = None,
+    step_reuse: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Changes the image: only every n-th step, up to {MAX_STEP_REUSE}, runs the whole model [default: 1]."
+        ),
+    ] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Images, seeds counting up.")] = None,
     adapter: Annotated[
         list[str] | None,
@@ -105,6 +111,7 @@ def generate(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
+        "step_reuse": step_reuse,
         "seed": seed,
         "num_images": num_images,
         "adapters": [_adapter(text) for text in adapter] if adapter else None,

@@ -7,6 +7,7 @@ import typer
 
 from lorafleet.cli.adapters import adapters
 from lorafleet.cli.doctor import doctor
+from lorafleet.cli.eval import evaluation
 from lorafleet.cli.generate import generate
 from lorafleet.cli.serve import serve
 from lorafleet.cli.train import train
@@ -30,6 +31,7 @@ for command in (serve, generate, doctor, version):
     app.command()(command)
 app.add_typer(adapters, name="adapters")
 app.add_typer(train, name="train")
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:

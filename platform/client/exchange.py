@@ -108,6 +108,7 @@ def edit_call(
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "scheduler": request.scheduler,
+        "step_reuse": request.step_reuse,
         "seed": request.seed,
         "strength": strength,
         "adapters": json.dumps([use.model_dump() for use in request.adapters]) if request.adapters else None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lorafleet.core.adapter_record import (
     ADAPTERS,
     ALIASES,
+    EVALUATIONS,
     FILE_NAME,
     INCOMING,
     manifest_path,
@@ -27,8 +28,8 @@ class Garbage:
 
 
 def collect(storage: Storage, horizon_s: float) -> Garbage:
-    """Removes files without a manifest, `latest` of what has no version, what was handed in and not pushed, and
-    unfinished writes, all last written before `horizon_s` (seconds since 1970)."""
+    """Removes files and evaluations without a manifest, `latest` of what has no version, what was handed in and not
+    pushed, and unfinished writes, all last written before `horizon_s` (seconds since 1970)."""
     removed: list[str] = []
     size_bytes = 0
     for path, stored in {**storage.find(ADAPTERS), **storage.find(INCOMING)}.items():
@@ -50,6 +51,8 @@ def _is_left_over(storage: Storage, path: str, horizon_s: float) -> bool:
     parts = path.split("/")
     if parts[0] == INCOMING:
         return True
+    if len(parts) == 5 and parts[3] == EVALUATIONS:
+        return read_manifest(storage, parts[1], parts[2]) is None
     if len(parts) != 4:
         return False
     _, name, version, last = parts
@@ -64,7 +67,7 @@ def _is_left_over(storage: Storage, path: str, horizon_s: float) -> bool:
 def _mend(storage: Storage, path: str) -> None:
     """A push of the same bytes may have ended between our look and our delete: what has lost its file is no version."""
     parts = path.split("/")
-    if parts[0] == INCOMING:
+    if parts[0] == INCOMING or len(parts) != 4:
         return
     _, name, version, last = parts
     if last == FILE_NAME and read_manifest(storage, name, version) is not None:

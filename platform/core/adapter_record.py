@@ -2,6 +2,7 @@
 
 adapters/<name>/<version>/adapter.safetensors
 adapters/<name>/<version>/manifest.json          written last: without it there is no such version
+adapters/<name>/<version>/evaluations/<id>.json  what was found of it, by time; goes with it
 adapters/<name>/aliases/<alias>                  a version, or several with shares
 incoming/<id>                                    handed in to be checked elsewhere; gone within the push
 """
@@ -25,6 +26,7 @@ INCOMING: Final = "incoming"
 FILE_NAME: Final = "adapter.safetensors"
 MANIFEST_NAME: Final = "manifest.json"
 ALIASES: Final = "aliases"
+EVALUATIONS: Final = "evaluations"
 THREADS: Final = 16
 
 
@@ -70,6 +72,10 @@ def manifest_path(name: str, version: str) -> str:
 
 def alias_path(name: str, alias: str) -> str:
     return f"{ADAPTERS}/{name}/{ALIASES}/{alias}"
+
+
+def evaluations_path(name: str, version: str) -> str:
+    return f"{ADAPTERS}/{name}/{version}/{EVALUATIONS}"
 
 
 def read_manifest(storage: Storage, name: str, version: str) -> Manifest | None:

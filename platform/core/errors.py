@@ -9,6 +9,9 @@ LorafleetError
 ├── ModelNotFound          no model under that id is served                  (HTTP 404)
 ├── JobNotFound            no job under that id, or not any more             (HTTP 404)
 ├── IdempotencyConflict    one idempotency key for different requests        (HTTP 409)
+├── PairNotFound           no such pair of pictures, or none left           (HTTP 404)
+├── SessionNotFound        no rater's session under that token              (HTTP 404)
+├── AlreadyVoted           a session voted on that pair before              (HTTP 409)
 ├── AdapterNotFound        no adapter under that name, alias or version      (HTTP 404)
 ├── AdapterInUse           an alias points at what is to be deleted          (HTTP 409)
 ├── AdapterTooLarge        an adapter file is above the registry's limit     (HTTP 413)
@@ -25,6 +28,7 @@ LorafleetError
 ├── DeadlineExceeded       the request's time is up                          (HTTP 504)
 ├── GenerationFailed       the model produced no usable image                (HTTP 500)
 ├── CheckpointMismatch     a checkpoint was made by another run              (exit code 1)
+├── EvaluationFailed       an evaluation cannot go on                        (exit code 1)
 └── TrainingFailed         a run cannot go on                                (exit code 1)
     └── TrainingStopped    a run was asked to stop, and can go on            (exit code 130)
 
@@ -105,6 +109,24 @@ class IdempotencyConflict(LorafleetError):
     """An idempotency key came back with another request."""
 
     code = "idempotency_conflict"
+
+
+class PairNotFound(LorafleetError):
+    """The arena has no pair left for this session, or showed it none under that id."""
+
+    code = "pair_not_found"
+
+
+class SessionNotFound(LorafleetError):
+    """The arena knows no session under that token."""
+
+    code = "session_not_found"
+
+
+class AlreadyVoted(LorafleetError):
+    """A session has voted on that pair; votes are not changed."""
+
+    code = "already_voted"
 
 
 class AdapterNotFound(LorafleetError):
@@ -212,6 +234,12 @@ class CheckpointMismatch(LorafleetError):
     """A checkpoint was made with other settings, another base or other data; the message names which."""
 
     code = "checkpoint_mismatch"
+
+
+class EvaluationFailed(LorafleetError):
+    """An evaluation cannot go on, or its files are not those of one; finished pictures are kept."""
+
+    code = "evaluation_failed"
 
 
 class TrainingFailed(LorafleetError):

@@ -86,6 +86,14 @@ ADAPTER_USES: Final = Metric(
     f"first {MAX_COUNTED_ADAPTERS} versions are told apart, the rest is other. result: ok, error, cancelled, cached.",
     ("adapter", "version", "result"),
 )
+ADAPTER_SECONDS: Final = Metric(
+    "lorafleet_gateway_adapter_seconds",
+    "histogram",
+    "Seconds of requests and jobs that ended well, by adapter and version as above, where the request's alias names "
+    "several versions and one was drawn: what a canary is judged by.",
+    ("adapter", "version"),
+    BUCKETS,
+)
 CACHE_LOOKUPS: Final = Metric(
     "lorafleet_gateway_cache_lookups_total",
     "counter",

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from pydantic import ValidationError
+
 from lorafleet.core.adapter_cache import AdapterCache, sha256
 from lorafleet.core.adapter_garbage import Garbage, collect
 from lorafleet.core.adapter_index import AdapterIndex
@@ -29,6 +31,7 @@ from lorafleet.core.adapter_record import (
     INCOMING,
     Record,
     alias_path,
+    evaluations_path,
     file_path,
     manifest_path,
     read_manifest,
@@ -42,6 +45,7 @@ from lorafleet.core.errors import (
     InvalidRequest,
     StorageUnavailable,
 )
+from lorafleet.core.evaluation import Evaluation
 from lorafleet.core.manifest import (
     LATEST,
     PRODUCTION,
@@ -220,6 +224,22 @@ class Registry:
         wanted = Reference.parse(reference)
         return self.alias(wanted.name, PRODUCTION, wanted.version or wanted.alias or LATEST)
 
+    def add_evaluation(self, manifest: Manifest, evaluation: Evaluation) -> str:
+        """Keeps what was found of a version beside its manifest: the id, by which it is listed."""
+        number = f"{evaluation.decided_at.astimezone(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        path = f"{evaluations_path(manifest.name, manifest.version)}/{number}.json"
+        self._storage.write(path, evaluation.model_dump_json(indent=1).encode())
+        return number
+
+    def evaluations(self, manifest: Manifest) -> dict[str, Evaluation]:
+        """By id, the oldest first; damaged ones are left out."""
+        paths = sorted(self._storage.find(evaluations_path(manifest.name, manifest.version)))
+        found = self._storage.read_all(paths)
+        parsed = {
+            path.rpartition("/")[2].removesuffix(".json"): _evaluation(found[path]) for path in paths if path in found
+        }
+        return {number: each for number, each in parsed.items() if each is not None}
+
     def unalias(self, name: str, alias: str) -> None:
         """Removes an alias. Raises AdapterNotFound."""
         self._check_settable(alias)
@@ -248,6 +268,8 @@ class Registry:
                     self._storage.write(path, _json(manifest))
             else:
                 self._storage.delete([file_path(each.name, each.version) for each in doomed])
+                found = [self._storage.find(evaluations_path(each.name, each.version)) for each in doomed]
+                self._storage.delete([path for paths in found for path in paths])
                 self._storage.delete(manifests)  # of a push of the same bytes meanwhile, whose file has just gone
                 if is_bare:
                     self._storage.delete([alias_path(wanted.name, LATEST)])
@@ -388,6 +410,13 @@ def drawn(choices: Sequence[Resolved], draw: float | None = None) -> Resolved:
         if at < 0:
             return choice
     return choices[-1]  # shares sum to 1 but for rounding
+
+
+def _evaluation(data: bytes) -> Evaluation | None:
+    try:
+        return Evaluation.model_validate_json(data)
+    except ValidationError:
+        return None
 
 
 def _in_use(doomed: list[Manifest], aliases: list[str]) -> AdapterInUse:

@@ -20,6 +20,7 @@ from lorafleet.core.errors import (
     AdapterTooLarge,
     AdapterUnreadable,
     AdminKeyUnset,
+    AlreadyVoted,
     DeadlineExceeded,
     GenerationFailed,
     IdempotencyConflict,
@@ -30,7 +31,9 @@ from lorafleet.core.errors import (
     ModelNotFound,
     NotReady,
     Overloaded,
+    PairNotFound,
     RecipeMismatch,
+    SessionNotFound,
     StorageUnavailable,
 )
 from lorafleet.core.metrics import Recorder, Unrecorded
@@ -38,7 +41,7 @@ from lorafleet.serve.body import BodyTooLarge, InvalidBody, MalformedBody, Unsup
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.edge import REQUEST_ID_HEADER, Edge, note_failure
 from lorafleet.serve.jobs import Jobs
-from lorafleet.serve.routes import adapters, documents, generate, health, huggingface, images, models
+from lorafleet.serve.routes import adapters, arena, documents, generate, health, huggingface, images, models
 from lorafleet.serve.routes import jobs as job_routes
 from lorafleet.serve.routes.generate import SEED_HEADER
 from lorafleet.serve.schemas import ErrorDetail, ErrorInfo, ErrorReply
@@ -55,7 +58,10 @@ STATUSES: Final[dict[type[LorafleetError], int]] = {
     AdminKeyUnset: 403,
     ModelNotFound: 404,
     JobNotFound: 404,
+    PairNotFound: 404,
+    SessionNotFound: 404,
     IdempotencyConflict: 409,
+    AlreadyVoted: 409,
     AdapterNotFound: 404,
     RecipeMismatch: 409,
     AdapterIncompatible: 409,
@@ -108,7 +114,7 @@ def create_app(
         openapi_url=None,
     )
     app.state.service, app.state.jobs = service, jobs
-    for routes in (health, models, generate, images, huggingface, adapters, documents):
+    for routes in (health, models, generate, images, huggingface, adapters, arena, documents):
         routes.add(app, service)
     job_routes.add(app, service, jobs)
     for kind in (LorafleetError, HTTPException):

@@ -304,7 +304,7 @@ def build(settings: ServeSettings, *, replica_gpus: float, replica_threads: int)
     scaling = settings.scaling
     router: dict[str, Any] = {
         "request_router_class": f"{AdapterRouter.__module__}:{AdapterRouter.__qualname__}",
-        "request_router_kwargs": {"slot_s": settings.routing.slot_s, "host_s": settings.routing.host_s},
+        "request_router_kwargs": settings.routing.model_dump(include={"policy", "slot_s", "host_s"}),
         "request_routing_stats_period_s": settings.routing.stats_every_s,
     }
     replicas = Replica.options(  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from lorafleet.core.arena.config import ArenaConfig
 from lorafleet.core.generation import AdapterReference
 from lorafleet.core.registry_config import RegistryConfig
 from lorafleet.sdxl.config import BaseConfig
@@ -12,6 +13,7 @@ from lorafleet.sdxl.config import BaseConfig
 CompileMode = Literal["none", "regional", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+RoutingPolicy = Literal["affinity", "least_busy", "random"]
 
 
 class BankConfig(BaseModel):
@@ -95,6 +97,12 @@ class EngineSettings(BaseModel):
         default=False,
         description="8-bit floats in the products of the base's transformers, beside adapters as they are: faster at "
         "large batches, and images change slightly; needs an NVIDIA GPU of compute capability 8.9 or more",
+    )
+    step_reuse: bool | None = Field(
+        default=None,
+        description="let requests say step_reuse above 1, which changes their images and no others; a tenth more to "
+        "record at the start, and memory: with SDXL 21 MB a row of the largest batch and of each such image; "
+        "left out: on where nothing is compiled or recorded, without base.low_memory",
     )
     warm_sizes: tuple[tuple[int, int], ...] | None = Field(
         default=None,
@@ -200,12 +208,17 @@ class RoutingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: RoutingPolicy = Field(
+        default="affinity",
+        description="affinity: to who has the adapters, weighed against the work in front of each; least_busy: to who "
+        "has the least work, random: to any of them, both whatever adapters they have",
+    )
     slot_s: float = Field(
         default=4.0,
         ge=0,
         le=3600,
         description="seconds of work that a replica with the adapter in a slot may have more in front of it than "
-        "another one; a hot adapter spreads to more replicas beyond; 0 with host_s=0: the least busy is always taken",
+        "another one; a hot adapter spreads to more replicas beyond",
     )
     host_s: float = Field(default=2.0, ge=0, le=3600, description="the same for an adapter in its CPU memory")
     stats_every_s: float = Field(
@@ -305,6 +318,7 @@ class ServeSettings(LiveSettings):
     )
     cache: CacheSettings = Field(default_factory=CacheSettings, description="images made before")
     jobs: JobSettings = Field(default_factory=JobSettings, description="work that is asked for later")
+    arena: ArenaConfig = Field(default_factory=ArenaConfig, description="votes on pairs of pictures")
     admin_key: SecretStr | None = Field(
         default=None,
         min_length=16,

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lorafleet.sdxl.limits import MAX_LCM_STEPS, BaseLimits
+from lorafleet.serve.arena_schemas import PairBody, VoteBody
 from lorafleet.serve.schemas import (
     AdapterBody,
     AliasBody,
@@ -20,7 +21,17 @@ from lorafleet.serve.schemas import (
 )
 
 MAY_FAIL: Final = (400, 404, 409, 413, 415, 422, 429, 500, 503, 504)  # any route that makes images
-BODIES: Final = (GenerateBody, ImagesBody, EditsBody, TextToImageBody, ImageToImageBody, AdapterBody, AliasBody)
+BODIES: Final = (
+    GenerateBody,
+    ImagesBody,
+    EditsBody,
+    TextToImageBody,
+    ImageToImageBody,
+    AdapterBody,
+    AliasBody,
+    PairBody,
+    VoteBody,
+)
 _REF: Final = "#/components/schemas/{model}"
 # What each body calls the steps, of which lcm takes fewer.
 _STEPS: Final = {
@@ -44,9 +55,9 @@ _WHEN: Final = {
     400: "the body is not JSON, or no form",
     401: "the admin key is missing or wrong",
     403: "changes are not taken here: no admin key is set",
-    404: "no such model, adapter or job",
+    404: "no such model, adapter, job, session or pair, or no pair left",
     409: "the recipe asks for another base model or picture, the idempotency key was used for something else, the "
-    "adapter is for another base, or an alias points at it",
+    "adapter is for another base, an alias points at it, or the session has voted on the pair",
     413: "the body is too large",
     415: "the body is not announced as what the route reads",
     422: "a field is unknown, of the wrong type or out of range",

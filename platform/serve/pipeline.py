@@ -250,6 +250,7 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             scheduler=request.scheduler,
             seed=seed,
+            step_reuse=request.step_reuse,
             base=self.model.ref,
             versions=self._versions,
             start=None if work.start is None else work.start.recipe,

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, BinaryIO, Final, Protocol
@@ -20,6 +21,7 @@ from lorafleet.core.errors import (
 from lorafleet.core.generation import MAX_ADAPTERS, MAX_SEED, AdapterUse, GenerationRequest
 from lorafleet.core.manifest import REFERENCE_PATTERN, Manifest
 from lorafleet.core.metrics import (
+    ADAPTER_SECONDS,
     ADAPTER_USES,
     BACKLOG_SECONDS,
     CACHE_LOOKUPS,
@@ -166,7 +168,10 @@ class Service:
         else:
             timeout_s = self._request_timeout_s
             place = self._admission.admit(work.cost(), timeout_s)
-            run = Run(self._events(work, timeout_s, is_detailed), on_end=lambda run: self._ended(run, work, place))
+            begun_s = time.monotonic()
+            run = Run(
+                self._events(work, timeout_s, is_detailed), on_end=lambda run: self._ended(run, work, place, begun_s)
+            )
             if is_cachable:
                 run.when_good(lambda result: self._cache.put(fingerprint, result))
         if terms.key is not None:
@@ -179,7 +184,8 @@ class Service:
         logs.note_adapters(work)
         place = self._admission.enter(work.cost())
         events = self._tried(work, self.settings.jobs.timeout_s, tries)
-        return Run(events, on_end=lambda run: self._ended(run, work, place))
+        begun_s = time.monotonic()
+        return Run(events, on_end=lambda run: self._ended(run, work, place, begun_s))
 
     async def push(self, name: str, file: BinaryIO) -> Manifest:
         """Makes a file the newest version of an adapter. The base, which only a replica has, says whether it fits.
@@ -290,18 +296,28 @@ class Service:
                 ) from error
             raise type(error)(error.message, param=param) from error
         if (reason := self.unfit(chosen.manifest, model)) is not None:
+            if chosen.share < 1:  # a canary that cannot be served is one that fails
+                name, digits = self._labels(chosen.manifest)
+                self.recorder.add(ADAPTER_USES, adapter=name, version=digits, result="error")
             raise AdapterIncompatible(f"{use.name} {reason}", param=param)
         return WorkAdapter(chosen.manifest, use.weight, chosen.alias, is_split=chosen.share < 1)
 
-    def _ended(self, run: Run, work: Work, place: Place) -> None:
+    def _ended(self, run: Run, work: Work, place: Place, begun_s: float) -> None:
         place.leave(is_done=run.is_good)
+        for adapter in work.adapters if run.is_good else ():
+            if adapter.is_split:
+                name, digits = self._labels(adapter.manifest)
+                self.recorder.observe(ADAPTER_SECONDS, time.monotonic() - begun_s, adapter=name, version=digits)
         self._count_adapters(work, OK if run.is_good else CANCELLED if run.is_called_off else "error")
 
     def _count_adapters(self, work: Work, result: Result) -> None:
         for adapter in work.adapters:
-            version = adapter.manifest.name, adapter.manifest.version[:VERSION_DIGITS]
-            name, digits = version if self._counted.knows(version) else (OTHER, OTHER)
+            name, digits = self._labels(adapter.manifest)
             self.recorder.add(ADAPTER_USES, adapter=name, version=digits, result=result)
+
+    def _labels(self, manifest: Manifest) -> tuple[str, str]:
+        version = manifest.name, manifest.version[:VERSION_DIGITS]
+        return version if self._counted.knows(version) else (OTHER, OTHER)
 
     async def _tried(self, work: Work, timeout_s: float, tries: int) -> AsyncGenerator[Event]:
         images: set[int] = set()

@@ -96,6 +96,24 @@ def test_the_runbook_names_every_alert_and_no_other(repo: Path) -> None:
     assert named == {alert["alert"] for alert in alerts(repo)}
 
 
+def test_the_runbook_names_settings_and_errors_that_exist(repo: Path) -> None:
+    from lorafleet.core import errors
+    from lorafleet.serve.config import ServeSettings
+    from lorafleet.train.config import TrainConfig
+
+    text = (repo / "deploy/RUNBOOK.md").read_text()
+    dotted = set(re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)[=`:]", text)) - {"helm.sh"}
+    assert len(dotted) > 10
+    for name in dotted:
+        models: list[Any] = [TrainConfig if name.startswith(("loop", "optimizer")) else ServeSettings]
+        for part in name.split("."):
+            (field,) = {model.model_fields[part].annotation for model in models if part in model.model_fields}
+            models = [kind for kind in (field, *getattr(field, "__args__", ())) if hasattr(kind, "model_fields")]
+    codes = {kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")}
+    named = {code for row in re.findall(r"^\| (`.+?) \|", text, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)}
+    assert named - codes == {"internal_error"}  # what no error of ours stands for
+
+
 def test_errors_are_neither_what_clients_get_wrong_nor_who_leaves(repo: Path) -> None:
     selectors = {
         status

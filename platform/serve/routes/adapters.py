@@ -35,7 +35,7 @@ AliasInPath = Annotated[str, Path(json_schema_extra={"pattern": ALIAS_PATTERN})]
 
 def add(app: FastAPI, service: Service) -> None:
     registry = service.fleet.registry
-    admin = [Depends(_admin(service.settings.admin_key))]
+    admin = [Depends(admin_only(service.settings.admin_key))]
 
     async def change(name: str, how: Callable[[], T]) -> T:
         """In a thread, for as long as the store takes."""
@@ -116,7 +116,7 @@ def add(app: FastAPI, service: Service) -> None:
         return AdapterAlias(name=name, alias=alias, versions={})
 
 
-def _admin(key: SecretStr | None) -> Callable[..., None]:
+def admin_only(key: SecretStr | None) -> Callable[..., None]:
     """Lets in who has the key."""
     bearer = HTTPBearer(auto_error=False, description="the setting admin_key")
 

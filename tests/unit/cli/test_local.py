@@ -31,6 +31,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "2",
         "--scheduler",
         "ddim",
+        "--step-reuse",
+        "2",
         "--negative-prompt",
         "blurry 🍏",
     ]
@@ -43,7 +45,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_picture_holds_what_was_asked(picture: Path) -> None:
     recipe = extract(picture)
     assert (recipe.prompt, recipe.negative_prompt, recipe.steps) == ("a red apple", "blurry 🍏", 2)
-    assert (recipe.seed, recipe.scheduler, recipe.base.id) == (3, "ddim", "emojixl")
+    assert (recipe.seed, recipe.scheduler, recipe.step_reuse, recipe.base.id) == (3, "ddim", 2, "emojixl")
     with Image.open(picture) as image:
         assert image.size == (recipe.width, recipe.height)
 

@@ -39,8 +39,8 @@ COPY pyproject.toml constraints.txt scripts/requirements.py ./
 FROM build AS build-serve
 # torch alone may need an index of its own, such as https://download.pytorch.org/whl/cpu; empty: pip's own.
 ARG TORCH_INDEX_URL=""
-# xformers may be added for GPUs: "serve train eval s3 redis otel gpu".
-ARG EXTRAS="serve train eval s3 redis otel"
+# xformers may be added for GPUs: "serve train eval s3 redis otel postgres gpu".
+ARG EXTRAS="serve train eval s3 redis otel postgres"
 RUN pip install --constraint constraints.txt \
         ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 # hadolint ignore=SC2086 # EXTRAS is several words

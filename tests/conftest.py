@@ -52,6 +52,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
     "font": (_font, "no Noto Color Emoji on this machine: apt-get install fonts-noto-color-emoji"),
     "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
+    "buildah": (lambda: shutil.which("buildah"), "no buildah on this machine: apt-get install buildah mmdebstrap"),
     "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
     "redis-server": (
         lambda: shutil.which("redis-server"),

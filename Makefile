@@ -4,12 +4,14 @@ PYTHON ?= python3
 # A package index for torch alone, such as one with CPU builds; empty: wherever pip looks for everything.
 TORCH_INDEX_URL ?=
 ARGS ?=
+# Processes that share the tests; 0: none beside pytest's own, for a debugger.
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train clean
+.PHONY: help run smoke train-demo test nightly check bench bench-http bench-fleet bench-train monitor dashboards clean chart-docs manifests image
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -24,7 +26,7 @@ train-demo: .venv/train ## train the two sample styles and measure what they lea
 	PYTHONPATH=scripts $(BIN)/python scripts/train_demo.py $(ARGS)
 
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup $(ARGS)
 
 nightly: .venv/dev ## the long tests: 200 random mixes against diffusers and PEFT, 2,000 jobs through 4 slots: ten minutes
 	$(BIN)/python -m pytest -m nightly $(ARGS)
@@ -45,8 +47,23 @@ bench-http: .venv/serve ## requests per second and latency, in one process and o
 bench-train: .venv/train ## images per second and memory of training, beside a loop as in diffusers' script; for GPUs
 	PYTHONPATH=loadtests $(BIN)/python loadtests/train_bench.py $(ARGS)
 
-bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, kill, scale
-	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push kill scale)
+bench-fleet: .venv/serve ## what the serving plane promises, on 2 replicas and 20 adapters: mixed, push, slow, kill, scale
+	PYTHONPATH=scripts $(BIN)/python loadtests/fleet.py $(or $(ARGS),mixed push slow kill scale)
+
+monitor: .venv/serve ## Prometheus beside a service that runs with metrics_port=9400 (ARGS="--metrics-port N" for another)
+	$(BIN)/python scripts/monitor.py $(ARGS)
+
+dashboards: .venv/dev ## write Grafana's dashboards anew from scripts/dashboard_panels.py
+	$(BIN)/python scripts/dashboards.py
+
+chart-docs: .venv/train ## write the chart's README.md and values.schema.json from its values.yaml
+	$(BIN)/python scripts/chart_docs.py $(ARGS)
+
+manifests: .venv/train ## write deploy/k8s from the chart; needs helm (HELM=... where it is)
+	$(BIN)/python scripts/manifests.py $(ARGS)
+
+image: ## build the image for serving without a GPU, lorafleet:dev-cpu (ARGS="--target serve-cuda --tag lorafleet:dev" for GPUs)
+	docker build $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) $(or $(ARGS),--target serve --tag lorafleet:dev-cpu) .
 
 clean: ## remove what these targets made
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -69,5 +86,5 @@ clean: ## remove what these targets made
 	@touch $@
 
 .venv/dev: .venv/serve
-	$(PIP) --editable '.[serve,train,dev]'
+	$(PIP) --editable '.[serve,train,eval,dev]'
 	@touch $@

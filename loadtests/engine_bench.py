@@ -3,6 +3,7 @@
 make bench                                         on a GPU with SDXL's architecture and random weights, else emojixl
 make bench ARGS="--parts engine,bank --concurrency 1,8 --adapters none,each"
 make bench ARGS="--set max_batch=8 --set base.attention=xformers --variant 'one:' --variant 'two: exact=false'"
+make bench ARGS="--parts engine --set step_reuse=true --step-reuse 1,2,3"
 make bench ARGS=--keep                             also writes loadtests/results/<date>-<machine>.json and .md
 
 Every image has `--steps` Euler steps with guidance 5, the base's own size and a prompt of its own, and ends as PNG
@@ -19,6 +20,7 @@ the part engine, adapters have been used once before.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -80,6 +82,7 @@ def run(options: argparse.Namespace, said: dict[str, Any]) -> Report:
         images=options.images or (16 if on_gpu else 4),
         concurrency=options.concurrency,
         kinds=options.adapters,
+        step_reuse=options.step_reuse,
     )
     parts = options.parts or (PARTS if on_gpu else ON_CPU)
     if "baseline" in parts:
@@ -147,10 +150,10 @@ def _measure_engine(load: Workload, engine: Engine, variant: Variant) -> None:
     for kind in load.kinds:
         jobs = load.jobs(engine.base, kind, WARM_STEPS)
         run_all(engine, [jobs(i) for i in range(MANY if kind == "each" else 1)])
-        for at_once in load.concurrency:
-            case = f"{variant.name}: {KINDS[kind]}"
+        for step_reuse, at_once in itertools.product(load.step_reuse, load.concurrency):
+            case = f"{variant.name}: {KINDS[kind]}" + (f", step_reuse {step_reuse}" if step_reuse > 1 else "")
             images = at_once + _images(load, at_once)
-            measure = partial(_load_row, load, engine, case, kind, at_once)
+            measure = partial(_load_row, load, engine, case, kind, step_reuse, at_once)
             report.attempt("engine", case, load.image_s * images, measure)
 
 
@@ -159,9 +162,9 @@ def _images(load: Workload, at_once: int) -> int:
     return max(-(-load.images // at_once) * at_once, 2 * at_once)
 
 
-def _load_row(load: Workload, engine: Engine, case: str, kind: str, at_once: int) -> Row:
+def _load_row(load: Workload, engine: Engine, case: str, kind: str, step_reuse: int, at_once: int) -> Row:
     reset_peak(load.device)
-    jobs = load.jobs(engine.base, kind)
+    jobs = load.jobs(engine.base, kind, step_reuse=step_reuse)
     found = closed_loop(engine, jobs, partial(_png, load, engine), at_once, _images(load, at_once))
     load.image_s = 1 / found.img_s
     return Row(
@@ -276,6 +279,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--concurrency", type=_numbers, default=(1, 2, 4, 8), help="jobs at a time, such as 1,8")
     add("--adapters", type=_names(KINDS), default=tuple(KINDS), help=f"of {','.join(KINDS)}")
     add("--steps", type=int, default=20)
+    add("--step-reuse", type=_numbers, default=(1,), help="in the part engine, such as 1,2,3")
     add("--images", type=int, help="at least as many for a row; 16 on a GPU, else 4")
     add(
         "--set",

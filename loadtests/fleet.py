@@ -1,10 +1,11 @@
 """What the serving plane promises, seen on a running service: real Ray, real HTTP, emojixl on two CPU cores.
 
-make bench-fleet ARGS="mixed push kill scale"      or one of them
+make bench-fleet ARGS="mixed push slow kill scale"      or one of them
 
 mixed   1,000 requests for 20 adapters (Zipf, s = 1.1) on 2 replicas with 4 slots each: every image is compared with
-        what one thread alone makes, and the slots' hit rate with that of routing by chance
+        what one thread alone makes, and the slots' hit rate with that of routing at random and to the least busy
 push    adapters that are pushed under load, and used by name in the next request
+slow    an S3 from which an adapter takes 5 seconds: what requests for adapters that are here take meanwhile
 kill    kill -9 of a replica under load: jobs finish, requests finish or get a 503
 scale   one replica to three and back, by a step in load
 """
@@ -35,6 +36,7 @@ import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from service import Service, free_port, running_service
+from slow_store import BUCKET, slow_s3
 
 from lorafleet.client import AsyncClient
 from lorafleet.core.errors import LorafleetError, NotReady, Overloaded
@@ -54,6 +56,8 @@ ADAPTERS, SKEW, SEEDS = 20, 1.1, 5
 SLOTS = 4
 ENGINE = {"exact_jobs": 4, "bank": {"slots": SLOTS, "max_rank": 8}}
 ADMIN_KEY = "of-a-service-that-lives-for-minutes"
+SMALL: dict[str, Any] = {"width": 64, "height": 64}  # where many requests say more than large ones
+DOWNLOAD_S = 5.0  # of an adapter from a slow store
 METRICS_S = 12.0  # after which Ray has exported what happened
 Figures = dict[str, Any]
 
@@ -120,9 +124,10 @@ def lora(folder: Path, seed: int) -> Path:
     return file
 
 
-def asked(name: str | None, seed: int, steps: int = 2) -> GenerationRequest:
+def asked(name: str | None, seed: int, steps: int = 2, **more: Any) -> GenerationRequest:
     adapters = [] if name is None else [AdapterUse(name=name)]
-    return GenerationRequest(prompt="a red apple on a blue background", seed=seed, steps=steps, adapters=adapters)
+    prompt = "a red apple on a blue background"
+    return GenerationRequest(prompt=prompt, seed=seed, steps=steps, adapters=adapters, **more)
 
 
 def pixels(png: bytes) -> str:
@@ -135,16 +140,18 @@ async def mixed(requests: int, concurrency: int) -> Figures:
         weights = [1 / (place + 1) ** SKEW for place in range(ADAPTERS)]
         wanted = [(rng.choices(names, weights)[0], rng.randrange(SEEDS)) for _ in range(requests)]
         truth = alone(registry, sorted(set(wanted)))
-        by_affinity = await _mixed(registry, wanted, truth, concurrency)
-        by_chance = await _mixed(registry, wanted, truth, concurrency, "routing.slot_s=0", "routing.host_s=0")
-    return {"different_images": len(set(truth.values())), "by affinity": by_affinity, "by chance": by_chance}
+        by_policy = {
+            policy: await _mixed(registry, wanted, truth, concurrency, f"routing.policy={policy}")
+            for policy in ("affinity", "least_busy", "random")
+        }
+    return {"different_images": len(set(truth.values())), **by_policy}
 
 
 def alone(registry: Registry, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """What one thread makes of each request, one after the other."""
     torch.set_num_threads(1)
     pipeline = Pipeline(load_base(BaseConfig(device="cpu")), EngineSettings.model_validate(ENGINE), registry)
-    return {(name, seed): pixels(pipeline.generate(asked(name, seed)).images[0]) for name, seed in wanted}
+    return {(name, seed): pixels(pipeline.generate(asked(name, seed, **SMALL)).images[0]) for name, seed in wanted}
 
 
 async def _mixed(
@@ -159,7 +166,7 @@ async def _mixed(
 
         async def one(name: str, seed: int) -> tuple[bool, float]:
             start = time.perf_counter()
-            png = (await running.client.generate(asked(name, seed))).images[0]
+            png = (await running.client.generate(asked(name, seed, **SMALL))).images[0]
             seconds = time.perf_counter() - start
             is_right = pixels(png) == truth[name, seed] and versions[name] in str(extract(png).adapters)
             return is_right, seconds
@@ -231,6 +238,54 @@ async def push(requests: int, concurrency: int) -> Figures:
         "use_of_one_in_a_slot_s": _spread(known_s),
         "first_use_later_by_s": _spread(later_s),
     }
+
+
+async def slow(requests: int, concurrency: int) -> Figures:
+    """`requests`: while nothing is downloaded, and then more while `concurrency` adapters are on their way."""
+    here, away = [f"here-{n}" for n in range(3)], [f"away-{n}" for n in range(concurrency)]
+    with slow_s3("/adapters/away-", DOWNLOAD_S) as store, tempfile.TemporaryDirectory() as folder:
+        registry = open_registry(RegistryConfig(url=f"s3://{BUCKET}/registry", endpoint_url=store.origin))
+        for number, name in enumerate((*here, *away)):
+            registry.push(name, lora(Path(folder), number), check_against(TARGETS))
+        settings = (f"registry.endpoint_url={store.url}", "registry.fresh_s=3600", "replicas=2")
+        async with serving(registry.url, *settings) as running:
+
+            async def timed(name: str, seed: int) -> float:
+                start = time.perf_counter()
+                await running.client.generate(asked(name, seed))
+                return time.perf_counter() - start
+
+            for number in range(4):  # until both replicas have them
+                await at_most(12, [lambda name=name, n=number: timed(name, n) for name in 4 * here])
+            before_s = [await timed(here[number % len(here)], number) for number in range(requests)]
+            downloads = [asyncio.create_task(first_use(running.service.url, name)) for name in away]
+            await asyncio.sleep(0.5)
+            meanwhile_s = []
+            while not any(task.done() for task in downloads):
+                meanwhile_s.append(await timed(here[len(meanwhile_s) % len(here)], len(meanwhile_s)))
+            firsts = await asyncio.gather(*downloads)
+    return {
+        "downloads_at_once": len(away),
+        "before_s": _spread(before_s),
+        "meanwhile_s": {**_spread(meanwhile_s), "requests": len(meanwhile_s)},
+        "first_use_of_those_on_their_way_s": _spread([seconds for seconds, _ in firsts]),
+        "told_of_the_first": [name for name, _ in itertools.groupby(event["type"] for event in firsts[0][1])],
+        "its_bytes_as_told": [event["done_bytes"] for event in firsts[0][1] if event["type"] == "downloading"],
+    }
+
+
+async def first_use(url: str, name: str) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds, and the events that were told."""
+    start = time.perf_counter()
+    headers, body = {"accept": "text/event-stream"}, asked(name, 0).model_dump()
+    async with (
+        httpx.AsyncClient(timeout=60) as http,
+        http.stream("POST", f"{url}/generate", json=body, headers=headers) as reply,
+    ):
+        lines = [line async for line in reply.aiter_lines()]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert events[-1]["type"] == "done", events[-1]
+    return time.perf_counter() - start, events
 
 
 async def kill(requests: int, concurrency: int) -> Figures:
@@ -344,6 +399,7 @@ def _spread(seconds: list[float]) -> dict[str, float]:
 SCENARIOS: dict[str, tuple[Callable[[int, int], Awaitable[Figures]], int, int]] = {
     "mixed": (mixed, 1000, 32),
     "push": (push, 10, 4),
+    "slow": (slow, 30, 2),
     "kill": (kill, 24, 6),
     "scale": (scale, 60, 24),
 }

@@ -1,6 +1,7 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
 `plane_p50_ms` is what HTTP, gateway, router and Ray add: a request's latency less the `total_s` that the replica tells.
+Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz).
 
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """
@@ -14,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import httpx
 from service import running_service
 
 from lorafleet.client import Client
 from lorafleet.core.generation import GenerationRequest
+
+WITHOUT_WORK = 200  # requests for each of the paths that make no image
 
 
 class Made(Protocol):
@@ -61,8 +65,23 @@ def pipeline() -> Callable[[GenerationRequest], Made]:
 
 
 def over_http(url: str, wanted: list[GenerationRequest], concurrency: int) -> dict[str, dict[str, float]]:
+    figures = {path: without_work(url, path) for path in ("/healthz", "/readyz")}
     with Client(url) as client:
-        return {f"HTTP, {n} at a time": measure(client.generate, wanted, n) for n in sorted({1, concurrency})}
+        return figures | {f"HTTP, {n} at a time": measure(client.generate, wanted, n) for n in sorted({1, concurrency})}
+
+
+def without_work(url: str, path: str) -> dict[str, float]:
+    latencies_s = []
+    with httpx.Client(base_url=url) as http:
+        for _ in range(WITHOUT_WORK + 1):  # the first one warms up
+            start = time.perf_counter()
+            http.get(path).raise_for_status()
+            latencies_s.append(time.perf_counter() - start)
+    ordered_s = sorted(latencies_s[1:])
+    return {
+        "plane_p50_ms": 1000 * statistics.median(ordered_s),
+        "plane_p95_ms": 1000 * ordered_s[int(0.95 * len(ordered_s))],
+    }
 
 
 def measure(

@@ -59,7 +59,8 @@ class Variant:
 
 @dataclass
 class Workload:
-    """`images`: at least as many are counted for a row. `concurrency`: jobs at a time, each a row."""
+    """`images`: at least as many are counted for a row. `concurrency`: jobs at a time, each a row, as are those of
+    `step_reuse`."""
 
     report: Report
     base_id: str
@@ -68,6 +69,7 @@ class Workload:
     images: int
     concurrency: Sequence[int]
     kinds: Sequence[str]
+    step_reuse: Sequence[int] = (1,)
     image_s: float = 0.0
     """Seconds that an image took last, to tell what still fits into the budget."""
     _adapters: dict[str, list[Adapter]] = field(default_factory=dict)  # by their base's fingerprint
@@ -103,7 +105,7 @@ class Workload:
         adapter = self.adapters(base, number + 1)[number]
         return JobAdapter(f"bench-{number}", WEIGHT, lambda: adapter)
 
-    def jobs(self, base: Base, kind: str, steps: int | None = None) -> Callable[[int], Job]:
+    def jobs(self, base: Base, kind: str, steps: int | None = None, step_reuse: int = 1) -> Callable[[int], Job]:
         """Makes the i-th job. No two calls give jobs with the same prompt: none is in the engine's cache."""
         self._made += 1
         first = 1000 * self._made
@@ -111,14 +113,19 @@ class Workload:
         used = [self.job_adapter(base, i) for i in range(count)]
 
         def job(i: int) -> Job:
-            return Job(self.request(first + i, steps), seed=i, adapters=(used[i % count],) if used else ())
+            return Job(self.request(first + i, steps, step_reuse), seed=i, adapters=(used[i % count],) if used else ())
 
         return job
 
-    def request(self, number: int, steps: int | None = None) -> GenerationRequest:
+    def request(self, number: int, steps: int | None = None, step_reuse: int = 1) -> GenerationRequest:
         """Each with a prompt of its own."""
-        prompt = f"a red apple on a blue background, number {number}"
-        return GenerationRequest(prompt=prompt, steps=steps or self.steps, guidance_scale=5.0, scheduler="euler")
+        return GenerationRequest(
+            prompt=f"a red apple on a blue background, number {number}",
+            steps=steps or self.steps,
+            guidance_scale=5.0,
+            scheduler="euler",
+            step_reuse=step_reuse,
+        )
 
     def png(self, base: Base, request: GenerationRequest, seed: int, image: Image.Image) -> bytes:
         chosen = {"width": image.width, "height": image.height, "seed": seed}

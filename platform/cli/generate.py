@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lorafleet.cli.options import ConfigFile, Json, Overrides, serve_settings
 from lorafleet.core.errors import InvalidRequest, RecipeMismatch
-from lorafleet.core.generation import SCHEDULERS, GenerationRequest
+from lorafleet.core.generation import MAX_STEP_REUSE, SCHEDULERS, GenerationRequest
 from lorafleet.core.ranges import invalid_request
 
 if TYPE_CHECKING:
@@ -62,7 +62,21 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels [default: the base model's].")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     scheduler: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)} [default: euler].")] = None,
+    step_reuse: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Changes the image: only every n-th step, up to {MAX_STEP_REUSE}, runs the whole model [default: 1]."
+        ),
+    ] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="Images, seeds counting up.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME[:WEIGHT]",
+            help="An adapter of the registry, NAME@ALIAS or NAME@VERSION too; up to 4 times [default weight: 1].",
+        ),
+    ] = None,
     url: Annotated[str | None, typer.Option(help=f"The service [default: {DEFAULT_URL}].")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show how far the service is, step by step.")] = False,
     preview: Annotated[
@@ -97,8 +111,10 @@ def generate(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
+        "step_reuse": step_reuse,
         "seed": seed,
         "num_images": num_images,
+        "adapters": [_adapter(text) for text in adapter] if adapter else None,
     }
     given = {name: value for name, value in fields.items() if value is not None}
     wanted = _request(given, recipe)
@@ -127,6 +143,14 @@ def _request(given: dict[str, Any], recipe_file: Path | None) -> "GenerationRequ
         raise invalid_request(error, kind) from None
 
 
+def _adapter(text: str) -> dict[str, Any]:
+    name, colon, weight = text.partition(":")
+    try:
+        return {"name": name, "weight": float(weight)} if colon else {"name": name}
+    except ValueError:
+        raise typer.BadParameter(f"--adapter {text} should be NAME or NAME:WEIGHT, the weight a number.") from None
+
+
 def _files(output: Path, count: int) -> list[Path]:
     """Where the images go; checked before the work is done."""
     if output.suffix.lower() != ".png":
@@ -153,7 +177,7 @@ def _stream_from(url: str, wanted: "GenerationRequest | Recipe", preview: Path |
     """As `_ask`, with a bar. Ctrl-C closes the stream, and so calls the work off."""
     from contextlib import closing
 
-    from lorafleet.client import Client, Done, Image, Step
+    from lorafleet.client import Client, Done, Downloading, Image, Step
 
     images: dict[int, Image] = {}
     steps: dict[int, int] = {}
@@ -163,7 +187,9 @@ def _stream_from(url: str, wanted: "GenerationRequest | Recipe", preview: Path |
         _step_bar() as on_step,
     ):
         for event in events:
-            if isinstance(event, Step):
+            if isinstance(event, Downloading):
+                on_step(event.done_bytes, event.total_bytes, f"downloading {event.adapter}")
+            elif isinstance(event, Step):
                 steps[event.image] = event.done
                 on_step(sum(steps.values()), event.total * getattr(wanted, "num_images", 1))
                 if preview and event.preview:
@@ -183,9 +209,13 @@ def _stream_from(url: str, wanted: "GenerationRequest | Recipe", preview: Path |
 
 def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSettings") -> Result:
     from lorafleet.core.recipe import Recipe
+    from lorafleet.core.registry import open_registry
     from lorafleet.sdxl.base import load_base
     from lorafleet.serve.pipeline import Pipeline
 
+    registry = open_registry(settings.registry)
+    for use in wanted.adapters:
+        registry.resolve(use.name)  # a name that is unknown is told before the model is loaded
     base = load_base(settings.base)
     if isinstance(wanted, Recipe):
         if wanted.base.fingerprint != base.fingerprint:
@@ -201,7 +231,7 @@ def _generate_here(wanted: "GenerationRequest | Recipe", settings: "ServeSetting
             )
         wanted = wanted.request()
     with _step_bar() as on_step:
-        return Pipeline(base, settings.engine).generate(wanted, on_step=on_step)
+        return Pipeline(base, settings.engine, registry).generate(wanted, on_step=on_step)
 
 
 @contextmanager
@@ -214,8 +244,8 @@ def _step_bar() -> Iterator[Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("steps", total=None)
 
-        def on_step(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+        def on_step(done: int, total: int, what: str = "steps") -> None:
+            progress.update(task, completed=done, total=total, description=what)
 
         yield on_step
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import httpx
 
+from lorafleet.client.adapters import AsyncAdapters
 from lorafleet.client.events import Cancelled, Decoder, Done, Event, Message
 from lorafleet.client.exchange import (
     FIRST_WAIT_S,
@@ -34,6 +35,7 @@ class AsyncClient:
     """A connection pool to one server; use it as an async context manager. For one event loop.
 
     Answers 429 and 503 are asked again, as many times as `retries` and when the server says so.
+    `adapters` are those of its registry.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class AsyncClient:
         self.retries = retries
         self._interpreter = Interpreter(self.url, timeout_s)
         self._http = httpx.AsyncClient(**options(self.url, timeout_s, api_key), transport=transport)
+        self.adapters = AsyncAdapters(self._ask, self._interpreter)
 
     async def generate(
         self,

@@ -12,6 +12,15 @@ class Queued:
 
 
 @dataclass(frozen=True)
+class Downloading:
+    """An adapter that is not there yet is on its way from the registry."""
+
+    adapter: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class Started:
     """Image number `image` left the queue."""
 
@@ -57,9 +66,10 @@ class Cancelled:
     """The last event of a job that was called off."""
 
 
-Event = Queued | Started | Step | Image | Retrying | Done | Cancelled
+Event = Queued | Downloading | Started | Step | Image | Retrying | Done | Cancelled
 KINDS: Final[dict[str, type[Event]]] = {
     "queued": Queued,
+    "downloading": Downloading,
     "started": Started,
     "step": Step,
     "image": Image,

@@ -5,7 +5,7 @@ import ipaddress
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeVar
+from typing import IO, Any, Final, NoReturn, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -43,7 +43,7 @@ class Call:
     path: str
     json: Any = None
     data: Mapping[str, str] | None = None
-    files: Mapping[str, tuple[str, bytes]] | None = None
+    files: Mapping[str, tuple[str, bytes | IO[bytes]]] | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
@@ -108,8 +108,10 @@ def edit_call(
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "scheduler": request.scheduler,
+        "step_reuse": request.step_reuse,
         "seed": request.seed,
         "strength": strength,
+        "adapters": json.dumps([use.model_dump() for use in request.adapters]) if request.adapters else None,
     }
     files = {"image": ("image", image)} | ({} if mask is None else {"mask": ("mask", mask)})
     data = {name: str(value) for name, value in fields.items() if value is not None and value != ""}

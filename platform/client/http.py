@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import httpx
 
+from lorafleet.client.adapters import Adapters
 from lorafleet.client.events import Cancelled, Decoder, Done, Event, Message
 from lorafleet.client.exchange import (
     FIRST_WAIT_S,
@@ -34,6 +35,7 @@ class Client:
     """A connection pool to one server; use it as a context manager. Safe to share between threads.
 
     Answers 429 and 503 are asked again, as many times as `retries` and when the server says so.
+    `adapters` are those of its registry.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Client:
         self.retries = retries
         self._interpreter = Interpreter(self.url, timeout_s)
         self._http = httpx.Client(**options(self.url, timeout_s, api_key), transport=transport)
+        self.adapters = Adapters(self._ask, self._interpreter)
 
     def generate(
         self,

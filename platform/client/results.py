@@ -1,9 +1,12 @@
 """What the service answers, typed."""
 
 import base64
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lorafleet.core.manifest import Manifest, Shares
 
 
 def _decoded(value: Any) -> Any:
@@ -60,3 +63,42 @@ class JobStatus(BaseModel):
     @property
     def has_ended(self) -> bool:
         return self.status not in ("queued", "running")
+
+
+class AdapterEntry(Manifest):
+    """An adapter of the registry: the version that its bare name means."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[str] = Field(description="newest first")
+
+
+class AdapterVersion(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    version: str = Field(description="sha256 of the file")
+    pushed_at: datetime
+
+
+class AdapterDetails(Manifest):
+    """One version of an adapter, and what else there is of its name."""
+
+    aliases: dict[str, Shares] = Field(description="versions by alias, with their shares of the requests")
+    versions: list[AdapterVersion] = Field(description="newest first")
+
+
+class AdapterList(BaseModel):
+    data: list[AdapterEntry]
+
+
+class AdapterAlias(BaseModel):
+    """What an alias points at now; nothing where it was removed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    alias: str
+    versions: Shares
+
+
+class AdaptersDeleted(BaseModel):
+    deleted: list[str] = Field(description="as NAME@VERSION")

@@ -9,6 +9,7 @@ Reserved names, which are no settings:
     LORAFLEET_REQUIRE   tests only: what must not be skipped for being absent
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -33,10 +34,11 @@ def load_settings(
     model: type[M],
     *,
     config_file: Path | None = None,
+    given: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> M:
-    """Build `model` from all sources; `overrides` are the command line's `a.b=c`.
+    """Build `model` from all sources; `overrides` are the command line's `a.b=c`, `given` is what a file would hold.
 
     Raises ConfigError: one sentence naming the setting, where the value came from and what is allowed.
     """
@@ -45,6 +47,9 @@ def load_settings(
     if config_file is not None:
         tree = _read_file(config_file)
         sources.update(dict.fromkeys(_paths(tree), str(config_file)))
+    if given is not None:
+        tree = {**tree, **copy.deepcopy(dict(given))}
+        sources.update(dict.fromkeys(_paths(dict(given)), "the arguments"))
     for path, raw, source in [*_from_environ(environ), *_from_flags(overrides)]:
         _put(tree, path, _parse(model, path, raw, source))
         sources[path] = source
@@ -64,6 +69,11 @@ def home(environ: Mapping[str, str] | None = None) -> Path:
     """The folder for all state; may not exist yet."""
     value = (os.environ if environ is None else environ).get("LORAFLEET_HOME")
     return Path(value).expanduser().absolute() if value else Path.home() / ".lorafleet"
+
+
+def otlp_endpoint(environ: Mapping[str, str] | None = None) -> str | None:
+    """Where OpenTelemetry's own variable wants traces to go."""
+    return (os.environ if environ is None else environ).get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
 def required(environ: Mapping[str, str] | None = None) -> frozenset[str]:

@@ -235,6 +235,11 @@ TRAIN_GRADIENT_NORM: Final = Metric(
 TRAIN_IMAGES_PER_SECOND: Final = Metric(
     "lorafleet_train_images_per_second", "gauge", "Images a second of the last step, all workers."
 )
+TRAIN_SKIPPED_STEPS: Final = Metric(
+    "lorafleet_train_skipped_steps_total",
+    "counter",
+    "Steps that changed nothing because the loss or its gradient was NaN or infinite.",
+)
 TRAIN_VALIDATION_LOSS: Final = Metric(
     "lorafleet_train_validation_loss", "gauge", "Loss on held-out images at eight fixed timesteps."
 )

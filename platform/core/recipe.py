@@ -27,6 +27,7 @@ from lorafleet.core.generation import (
     SchedulerName,
     Seed,
     SidePx,
+    StepReuse,
     Steps,
 )
 from lorafleet.core.ranges import invalid_request
@@ -49,6 +50,7 @@ _SAMPLERS: Final[dict[str, str]] = {
     "unipc": "UniPC",
     "lcm": "LCM",
     "heun": "Heun",
+    "euler_trailing": "Euler trailing",
 }
 
 
@@ -88,6 +90,7 @@ class Recipe(BaseModel):
     base: BaseRef
     versions: dict[str, str]
     start: RecipeStart | None = None
+    step_reuse: StepReuse = 1
     adapters: AdapterUses = Field(default=[], description="each by its whole version")
 
     def request(self) -> GenerationRequest:
@@ -114,8 +117,9 @@ def embed(image: Image.Image, recipe: Recipe) -> bytes:
     pixels.info = {}  # a colour profile or a date from elsewhere would travel along
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
+    usual: dict[str, object] = {"start": None, "step_reuse": 1, "adapters": []}
     info.add_itxt(
-        CHUNK, recipe.model_dump_json(exclude={name for name in ("start", "adapters") if not getattr(recipe, name)})
+        CHUNK, recipe.model_dump_json(exclude={name for name, value in usual.items() if getattr(recipe, name) == value})
     )
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG", pnginfo=info, **COMPRESSION)
@@ -164,6 +168,8 @@ def parameters(recipe: Recipe) -> str:
         "Model": recipe.base.id.rstrip("/").rpartition("/")[2],
         "Version": f"lorafleet {recipe.versions.get('lorafleet', '')}".rstrip(),
     }
+    if recipe.step_reuse > 1:
+        settings["Step reuse"] = recipe.step_reuse
     if recipe.start is not None:
         settings["Denoising strength"] = recipe.start.strength
     if recipe.adapters:

@@ -20,6 +20,11 @@ class RegistryConfig(BaseModel):
         description="address of an S3 that is not Amazon's, such as http://minio:9000; left out: what "
         "AWS_ENDPOINT_URL says",
     )
+    samples: bool = Field(
+        default=True,
+        description="put the sample adapters of emojixl into LORAFLEET_HOME/registry when a service starts and that "
+        "folder is not there yet",
+    )
     fresh_s: float | None = Field(
         default=None,
         ge=0,

@@ -19,6 +19,8 @@ from lorafleet.sdxl.base import Base
 
 _DPMPP: Final = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
 
+# Turbo and Lightning were distilled for timesteps that begin at the noisiest one: "trailing" (Lin et al. 2023,
+# section 3.3). A base that was distilled itself says so in its own schedule, which every name keeps.
 # `dpmpp_sde` is DPM++ 2M SDE: diffusers' DPMSolverSDEScheduler needs torchsde and draws its noise from a Brownian
 # tree of its own, this one takes it from the image's generator.
 _RECIPES: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
@@ -31,6 +33,7 @@ _RECIPES: Final[Mapping[str, tuple[Any, dict[str, Any]]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "lcm": (LCMScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
+    "euler_trailing": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
 }
 
 

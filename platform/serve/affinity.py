@@ -3,7 +3,7 @@
 A replica that has the request's adapters in slots is preferred, then one that has them in CPU memory; but only as long
 as it is not busier than another one by more than that is worth. So a hot adapter spreads to more replicas, and to each
 of them again while its slots there last. An adapter that no replica has goes, among equally busy ones, to the same one
-every time, whichever gateway asks.
+every time, whichever gateway asks. The other policies are there to be compared with.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from lorafleet.serve.config import RoutingPolicy
 from lorafleet.serve.work import Work
 
 KEY_CHARS: Final = 16  # of an adapter's version, in reports
@@ -48,8 +49,9 @@ class _View:
 class Affinity:
     """For one event loop."""
 
-    def __init__(self, slot_s: float, host_s: float) -> None:
+    def __init__(self, slot_s: float, host_s: float, policy: RoutingPolicy = "affinity") -> None:
         """Seconds of work that having an adapter in a slot, or in CPU memory, is worth."""
+        self._policy = policy
         self._slot_s = slot_s
         self._host_s = host_s
         self._views: dict[str, _View] = {}
@@ -67,7 +69,7 @@ class Affinity:
     def rank(self, replicas: Sequence[str], work: Work | None) -> tuple[list[str], Choice]:
         """The replicas, the best one first, and why that one. `work` None: a question that any of them can answer."""
         keys = keys_of(work)
-        scores = {replica: self._backlog_s(replica) - self._worth_s(replica, keys) for replica in replicas}
+        scores = {replica: self._score(replica, keys) for replica in replicas}
         ranked = sorted(replicas, key=lambda replica: (round(scores[replica], 3), self._tie(replica, keys)))
         return ranked, self._choice(ranked, keys)
 
@@ -89,6 +91,16 @@ class Affinity:
             view.sent.subtract(keys)
             view.sent = +view.sent
             view.units = view.units - units if any(sent[0] == replica for sent in self._sent.values()) else 0.0
+
+    def _score(self, replica: str, keys: Sequence[str]) -> float:
+        """The least is the best."""
+        match self._policy:
+            case "affinity":
+                return self._backlog_s(replica) - self._worth_s(replica, keys)
+            case "least_busy":
+                return self._backlog_s(replica)
+            case "random":
+                return 0.0
 
     def _backlog_s(self, replica: str) -> float:
         """What was sent from here and is not done, or what the replica says if that is more: there may be other
@@ -116,7 +128,7 @@ class Affinity:
     def _tie(self, replica: str, keys: Sequence[str]) -> float:
         """Rendezvous hashing (Thaler and Ravishankar 1998): the order is the same wherever it is computed, and one
         replica more or fewer moves few adapters."""
-        if not keys or not self._slot_s:
+        if not keys or self._policy != "affinity":
             return random.random()  # noqa: S311 (no secret)
         digest = hashlib.sha256(f"{keys[0]} {replica}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64

@@ -22,6 +22,7 @@ from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.manifest import Manifest
 from lorafleet.core.metrics import PRELOAD_PROBLEMS, REPLICA_BACKLOG_SECONDS, REPLICA_READY, REPLICA_REQUESTS
 from lorafleet.core.registry import open_registry
+from lorafleet.serve import logs, tracing
 from lorafleet.serve.affinity import Report, short_key
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import LiveSettings, ServeSettings
@@ -55,6 +56,8 @@ class Replica:
     """
 
     def __init__(self, settings: ServeSettings, threads: int) -> None:
+        logs.log_to_stderr(settings.log_level, settings.log_format)
+        tracing.start(settings, "replica")
         self._stall_s = settings.request_timeout_s
         self._workload = Workload()
         self._preloader: Preloader | None = None
@@ -105,25 +108,31 @@ class Replica:
         problems = () if self._preloader is None else self._preloader.problems
         return replace(self._pipeline.model, problems=problems)
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult | LorafleetError:
+    async def generate(
+        self, work: Work, timeout_s: float, caller: logs.Caller | None = None
+    ) -> GenerationResult | LorafleetError:
         """When the gateway's call is cancelled, so are the images."""
+        logs.begin(caller)
         if self._failure is not None:
             return self._failure
         try:
-            with self._counted(work) as done:
+            with tracing.span("generate"), self._counted(work) as done:
                 result = await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
                 done.set()
                 return result
         except Exception as error:  # the process edge: this request is lost, the replica is not
             return _in_our_words(error)
 
-    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event | LorafleetError]:
+    async def stream(
+        self, work: Work, timeout_s: float, caller: logs.Caller | None = None
+    ) -> AsyncGenerator[Event | LorafleetError]:
         """Events, an error as the last one. When the gateway's call is cancelled, so are the images."""
+        logs.begin(caller)
         if self._failure is not None:
             yield self._failure
             return
         try:
-            with self._counted(work) as done:
+            with tracing.span("generate"), self._counted(work) as done:
                 async with aclosing(self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)) as events:
                     async for event in events:
                         yield event
@@ -191,6 +200,10 @@ class Replica:
             yield done
         finally:
             self._workload.leave(units, is_done=done.is_set())
+            if done.is_set():
+                logger.info(
+                    "images made", extra={"images": work.request.num_images, "backlog_s": self._workload.backlog_s}
+                )
 
 
 def _in_our_words(error: Exception) -> LorafleetError:
@@ -223,7 +236,7 @@ class ReplicaBackend:
         return answer
 
     async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        response = self._replicas.generate.remote(work, timeout_s)
+        response = self._replicas.generate.remote(work, timeout_s, logs.caller())
         try:
             answer = await response
         except asyncio.CancelledError:
@@ -237,7 +250,7 @@ class ReplicaBackend:
         return answer
 
     async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        response: Any = self._replicas.options(stream=True).stream.remote(work, timeout_s)
+        response: Any = self._replicas.options(stream=True).stream.remote(work, timeout_s, logs.caller())
         is_over = False
         try:
             async for answer in response:
@@ -268,6 +281,8 @@ class Gateway:
     """HTTP in, HTTP out. Imports no torch, so that it is up before the model is."""
 
     def __init__(self, settings: ServeSettings, replicas: DeploymentHandle[Any]) -> None:
+        logs.log_to_stderr(settings.log_level, settings.log_format)
+        tracing.start(settings, "gateway")
         recorder = RayRecorder()
         least = settings.replicas if settings.scaling is None else settings.scaling.min_replicas
         backend = ReplicaBackend(replicas, least)
@@ -289,7 +304,7 @@ def build(settings: ServeSettings, *, replica_gpus: float, replica_threads: int)
     scaling = settings.scaling
     router: dict[str, Any] = {
         "request_router_class": f"{AdapterRouter.__module__}:{AdapterRouter.__qualname__}",
-        "request_router_kwargs": {"slot_s": settings.routing.slot_s, "host_s": settings.routing.host_s},
+        "request_router_kwargs": settings.routing.model_dump(include={"policy", "slot_s", "host_s"}),
         "request_routing_stats_period_s": settings.routing.stats_every_s,
     }
     replicas = Replica.options(  # type: ignore[attr-defined]

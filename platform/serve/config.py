@@ -12,6 +12,8 @@ from lorafleet.sdxl.config import BaseConfig
 
 CompileMode = Literal["none", "regional", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+RoutingPolicy = Literal["affinity", "least_busy", "random"]
 
 
 class BankConfig(BaseModel):
@@ -95,6 +97,12 @@ class EngineSettings(BaseModel):
         default=False,
         description="8-bit floats in the products of the base's transformers, beside adapters as they are: faster at "
         "large batches, and images change slightly; needs an NVIDIA GPU of compute capability 8.9 or more",
+    )
+    step_reuse: bool | None = Field(
+        default=None,
+        description="let requests say step_reuse above 1, which changes their images and no others; a tenth more to "
+        "record at the start, and memory: with SDXL 21 MB a row of the largest batch and of each such image; "
+        "left out: on where nothing is compiled or recorded, without base.low_memory",
     )
     warm_sizes: tuple[tuple[int, int], ...] | None = Field(
         default=None,
@@ -200,12 +208,17 @@ class RoutingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    policy: RoutingPolicy = Field(
+        default="affinity",
+        description="affinity: to who has the adapters, weighed against the work in front of each; least_busy: to who "
+        "has the least work, random: to any of them, both whatever adapters they have",
+    )
     slot_s: float = Field(
         default=4.0,
         ge=0,
         le=3600,
         description="seconds of work that a replica with the adapter in a slot may have more in front of it than "
-        "another one; a hot adapter spreads to more replicas beyond; 0 with host_s=0: the least busy is always taken",
+        "another one; a hot adapter spreads to more replicas beyond",
     )
     host_s: float = Field(default=2.0, ge=0, le=3600, description="the same for an adapter in its CPU memory")
     stats_every_s: float = Field(
@@ -233,6 +246,19 @@ class ScalingSettings(BaseModel):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         return self
+
+
+class TracingSettings(BaseModel):
+    """Spans of requests for OpenTelemetry; its own variables (OTEL_TRACES_SAMPLER and so on) count too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s]+$",
+        description="where a collector takes OTLP over HTTP, such as http://otel-collector:4318; needs the extra otel; "
+        "left out: OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it",
+    )
 
 
 class ServeSettings(LiveSettings):
@@ -306,7 +332,13 @@ class ServeSettings(LiveSettings):
     start_timeout_s: float = Field(
         default=600.0, gt=0, le=7200, description="seconds until the model must be loaded; then the start fails"
     )
-    log_level: LogLevel = Field(default="warning", description="least severity that is logged")
+    log_level: LogLevel = Field(
+        default="warning", description="least severity that is logged; info has a line for each request"
+    )
+    log_format: LogFormat = Field(
+        default="text", description="of log lines, all on stderr: text, or a JSON object each"
+    )
+    tracing: TracingSettings = Field(default_factory=TracingSettings, description="OpenTelemetry's spans of requests")
     ray_address: str | None = Field(
         default=None,
         min_length=1,

@@ -1,6 +1,7 @@
 """The outermost layer of the API: every request gets an id, every failure a JSON answer, whatever raised it, and how
 each one ends is counted."""
 
+import logging
 import re
 import time
 import uuid
@@ -25,6 +26,9 @@ from lorafleet.core.metrics import (
     REQUESTS_IN_FLIGHT,
     Recorder,
 )
+from lorafleet.serve import logs, tracing
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 UNMATCHED: Final = "unmatched"
@@ -75,17 +79,19 @@ class Edge:
             return
         ending, start = _Ending(), time.monotonic()
         before = _ending.set(ending)
+        request_id = _given_id(scope) or uuid.uuid4().hex
+        logs.begin({"request_id": request_id})
         self._count_in_flight(+1)
-        try:
-            await self._answer(scope, receive, send, ending)
-        finally:
-            self._count_in_flight(-1)
-            _ending.reset(before)
-            self._record(scope, ending, time.monotonic() - start)
+        with tracing.server_span(scope["method"], scope["headers"]) as tell:
+            try:
+                await self._answer(scope, receive, send, ending, request_id)
+            finally:
+                self._count_in_flight(-1)
+                _ending.reset(before)
+                self._record(scope, ending, time.monotonic() - start, tell)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, ending: _Ending) -> None:
-        request_id = _given_id(scope) or uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, ending: _Ending, request_id: str) -> None:
+        scope.setdefault("state", {})["request_id"] = request_id
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -94,7 +100,7 @@ class Edge:
                 has_started = True
                 ending.status = ending.status or message["status"]
             if message["type"] == "http.response.start" and self._adds_header:
-                message["headers"] = [*message.get("headers", []), (REQUEST_ID_HEADER.encode(), request_id)]
+                message["headers"] = [*message.get("headers", []), (REQUEST_ID_HEADER.encode(), request_id.encode())]
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 ending.is_answered = True
@@ -119,7 +125,7 @@ class Edge:
         self._in_flight += change
         self._recorder.set(REQUESTS_IN_FLIGHT, self._in_flight)
 
-    def _record(self, scope: Scope, ending: _Ending, seconds: float) -> None:
+    def _record(self, scope: Scope, ending: _Ending, seconds: float, tell: tracing.Tell) -> None:
         route = getattr(scope.get("route"), "path", UNMATCHED)
         method = scope["method"] if scope["method"] in METHODS else OTHER
         if ending.failure is not None:
@@ -132,11 +138,21 @@ class Edge:
         self._recorder.observe(REQUEST_SECONDS, seconds, route=route, method=method, result=result)
         if ending.rejection is not None:
             self._recorder.add(REJECTIONS, reason=ending.rejection)
+        tell(route, status or CLIENT_LEFT, outcome)
+        if logger.isEnabledFor(logging.INFO):
+            more = {
+                "method": method,
+                "route": route,
+                "status": status,
+                "outcome": outcome,
+                "seconds": round(seconds, 4),
+            }
+            logger.info("%s %s ended: %s", method, route, outcome, extra=more)
 
 
-def _given_id(scope: Scope) -> bytes | None:
+def _given_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == REQUEST_ID_HEADER.encode() and _VALID_ID.match(value):
             given: bytes = value
-            return given
+            return given.decode()
     return None

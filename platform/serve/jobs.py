@@ -1,7 +1,6 @@
 """Work that is taken in now, done when its turn comes, and asked for later."""
 
 import asyncio
-import contextvars
 import logging
 import re
 import time
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from lorafleet.core.errors import IdempotencyConflict, JobNotFound, LorafleetError, NotReady, Overloaded
 from lorafleet.core.metrics import JOB_RETRIES, JOBS, JOBS_ACCEPTED, JOBS_ENDED, OK, Result
+from lorafleet.serve import logs
 from lorafleet.serve.admission import MIN_RETRY_AFTER_S
 from lorafleet.serve.config import JobSettings
 from lorafleet.serve.events import to_json
@@ -126,6 +126,7 @@ class Jobs:
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
 
     async def _work(self, job: Job) -> None:
+        logs.note(job_id=job.id)
         leasing = asyncio.create_task(self._lease(job.id))
         try:
             async with self._turns:
@@ -174,6 +175,7 @@ class Jobs:
             await asyncio.sleep(LEASE_S / 3)
 
     async def _look(self) -> None:
+        logs.begin(None)
         while True:
             try:
                 for job in await self._store.abandoned():
@@ -186,4 +188,4 @@ class Jobs:
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """A task that the request which starts it does not take along when it ends."""
-    return asyncio.create_task(work, context=contextvars.Context())
+    return asyncio.create_task(work, context=logs.detached())

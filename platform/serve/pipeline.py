@@ -22,7 +22,7 @@ from lorafleet.sdxl.base import Base
 from lorafleet.sdxl.lora import Adapter
 from lorafleet.sdxl.lora_read import read_adapter
 from lorafleet.sdxl.lora_targets import targets_of
-from lorafleet.serve import events
+from lorafleet.serve import events, tracing
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.downloads import Download, Downloads
 from lorafleet.serve.engine import (
@@ -216,10 +216,12 @@ class Pipeline:
         }
         if start is not None:
             more |= {"init_image": _picture(start.image), "mask": _picture(start.mask), "strength": start.strength}
-        return [
+        handles = [
             self.engine.submit(Job(request, (first_seed + i) % (MAX_SEED + 1), deadline, on_event=listener(i), **more))
             for i in range(request.num_images)
         ]
+        tracing.follow(handles, work)
+        return handles
 
     def _result(self, work: Work, handles: Sequence[Handle], results: Sequence[ImageResult]) -> GenerationResult:
         start = time.monotonic()
@@ -248,6 +250,7 @@ class Pipeline:
             guidance_scale=request.guidance_scale,
             scheduler=request.scheduler,
             seed=seed,
+            step_reuse=request.step_reuse,
             base=self.model.ref,
             versions=self._versions,
             start=None if work.start is None else work.start.recipe,

@@ -7,6 +7,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from lorafleet.core.metrics import ROUTER_CHOICES
 from lorafleet.serve.affinity import Affinity, Choice
+from lorafleet.serve.config import RoutingPolicy
 from lorafleet.serve.metrics import RayRecorder
 from lorafleet.serve.work import Work
 
@@ -17,8 +18,10 @@ class AdapterRouter(RequestRouter):
     running: ClassVar[int | None] = None
     """Replicas that are up, as this process was last told; None before."""
 
-    def initialize_state(self, slot_s: float, host_s: float) -> None:  # type: ignore[override]
-        self._affinity = Affinity(slot_s, host_s)
+    def initialize_state(  # type: ignore[override]
+        self, policy: RoutingPolicy, slot_s: float, host_s: float
+    ) -> None:
+        self._affinity = Affinity(slot_s, host_s, policy)
         self._choices: dict[str, Choice] = {}  # for requests that are being routed
         self._recorder = RayRecorder()
 

@@ -1,13 +1,13 @@
 """Work that is going on in the gateway, for everyone who waits for it."""
 
 import asyncio
-import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Self
 
 from lorafleet.core.errors import GenerationFailed
+from lorafleet.serve import logs
 from lorafleet.serve.events import Done, Event, Image, Queued
 from lorafleet.serve.result import GenerationResult
 
@@ -31,9 +31,8 @@ class Run:
         self._holders = 1
         self._keep: Callable[[GenerationResult], Awaitable[None]] | None = None
         self._changed = asyncio.Event()
-        # A context of its own: within a request's, Ray would call the work off when that request ends, although
-        # others may hold it.
-        self._task = asyncio.create_task(self._consume(events), context=contextvars.Context())
+        # A context of its own, as others may hold it when the request that began it ends.
+        self._task = asyncio.create_task(self._consume(events), context=logs.detached())
         self._on_end = on_end
         self._task.add_done_callback(lambda _: self._end())
 

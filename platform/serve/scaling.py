@@ -3,6 +3,7 @@
 Not by requests in flight, Ray's own measure: one may be a step of 64 x 64 pixels or eight images of 150 steps each.
 """
 
+import warnings
 from typing import Any, Final
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
@@ -28,6 +29,8 @@ class BacklogPolicy:
 
 
 def autoscaling(settings: ScalingSettings, initial_replicas: int) -> AutoscalingConfig:
+    # Ray 2.60 warns of it, and does not read the variables yet that its warning names.
+    warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
     name = f"{BacklogPolicy.__module__}:{BacklogPolicy.__qualname__}"
     return AutoscalingConfig(
         min_replicas=settings.min_replicas,

@@ -17,6 +17,7 @@ from lorafleet.core.generation import (
     SchedulerName,
     Seed,
     SidePx,
+    StepReuse,
     Steps,
 )
 from lorafleet.core.manifest import MAX_SHARES, NAME_PATTERN, Manifest, Shares
@@ -126,6 +127,9 @@ class ImagesFields(BaseModel):
     num_inference_steps: Steps | None = Field(default=None, description="denoising steps; left out: 20")
     guidance_scale: Guidance | None = Field(default=None, description="left out: 5; 1 and below switch it off")
     scheduler: SchedulerName | None = Field(default=None, description="the sampler; left out: euler")
+    step_reuse: StepReuse | None = Field(
+        default=None, description="above 1 quicker, and another image, as on /generate; left out: 1"
+    )
     adapters: AdapterUses | None = Field(
         default=None,
         description=f"at most {MAX_ADAPTERS} adapters, that of model included; "
@@ -146,6 +150,7 @@ class ImagesFields(BaseModel):
             "scheduler": self.scheduler,
             "seed": self.seed,
             "num_images": self.n,
+            "step_reuse": self.step_reuse,
             "adapters": self.adapters,
         }
         # model_construct: each value has passed its own range above; a size is judged by the base's limits.

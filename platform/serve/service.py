@@ -37,6 +37,7 @@ from lorafleet.core.metrics import (
 )
 from lorafleet.core.ranges import short
 from lorafleet.core.recipe import BaseRef, RecipeStart
+from lorafleet.serve import logs
 from lorafleet.serve.admission import Admission, Place
 from lorafleet.serve.cache import make_cache
 from lorafleet.serve.config import LiveSettings, ServeSettings
@@ -150,6 +151,7 @@ class Service:
 
         Raises Overloaded or IdempotencyConflict. The caller holds the run and lets it go.
         """
+        logs.note_adapters(work)
         fingerprint, asked = self.fingerprint(work), self.asked_fingerprint(work)
         if terms.key is not None and (run := self._remembered.find(terms.key, asked)):
             return run
@@ -179,6 +181,7 @@ class Service:
     def start_job(self, work: Work, tries: int) -> Run:
         """As `start`, for work that has waited for its turn elsewhere: nothing is refused, and it is begun anew when
         its replica is lost, so many times in all. The caller holds the run and lets it go."""
+        logs.note_adapters(work)
         place = self._admission.enter(work.cost())
         events = self._tried(work, self.settings.jobs.timeout_s, tries)
         begun_s = time.monotonic()

@@ -97,7 +97,8 @@ class Work:
         return cls(request, start, content["previews"], content["is_seeded"], tuple(adapters))
 
     def cost(self) -> float:
-        """How much there is to do, in megapixels that go through the UNet; encoding and decoding count as two more.
+        """How much there is to do, in megapixels that go through the UNet; encoding and decoding count as two more,
+        steps that run only the outermost blocks as a tenth each.
 
         Size is set.
         """
@@ -105,7 +106,8 @@ class Work:
         assert request.width is not None
         assert request.height is not None
         steps = request.steps * (1.0 if self.start is None else self.start.strength)
-        evaluations = (2 if request.scheduler == "heun" else 1) * steps + 2
+        whole = 0.1 + 0.9 / request.step_reuse
+        evaluations = (2 if request.scheduler == "heun" else 1) * steps * whole + 2
         rows = 2 if request.guidance_scale > 1 else 1
         return request.num_images * evaluations * rows * request.width * request.height / 1e6
 

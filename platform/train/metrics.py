@@ -1,5 +1,6 @@
 """A run's numbers for Prometheus: its own port for a process of ours, Ray's for a worker of Ray."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from lorafleet.core.metrics import (
     TRAIN_IMAGES_PER_SECOND,
     TRAIN_LEARNING_RATE,
     TRAIN_LOSS,
+    TRAIN_SKIPPED_STEPS,
     TRAIN_STEP,
     TRAIN_VALIDATION_LOSS,
     Metric,
@@ -28,19 +30,24 @@ GAUGES: Final[Mapping[str, Metric]] = {
 }
 """By the name that other trackers use. One run has a process, so there are no labels."""
 
-SetGauge = Callable[[float], object]
+Send = Callable[[float], object]
+"""Sets a gauge, or adds to a counter."""
 
 
 class Metrics:
-    """A Tracker that sets gauges."""
+    """A Tracker that sets gauges, and counts the steps that were none."""
 
-    def __init__(self, make_gauge: Callable[[Metric], SetGauge], close: Callable[[], None] = lambda: None) -> None:
-        self._gauges = {key: make_gauge(metric) for key, metric in GAUGES.items()}
-        self._step = make_gauge(TRAIN_STEP)
+    def __init__(self, make: Callable[[Metric], Send], close: Callable[[], None] = lambda: None) -> None:
+        self._gauges = {key: make(metric) for key, metric in GAUGES.items()}
+        self._step = make(TRAIN_STEP)
+        self._skipped = make(TRAIN_SKIPPED_STEPS)
+        self._skipped(0)
         self._close = close
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         self._step(step)
+        if not all(math.isfinite(values.get(key, 0.0)) for key in ("train/loss", "train/gradient_norm")):
+            self._skipped(1)
         for key, value in values.items():
             if key in self._gauges:
                 self._gauges[key](value)
@@ -53,8 +60,8 @@ class Metrics:
 
 
 def served_metrics(port: int) -> Metrics:
-    """Gauges that Prometheus may scrape on 127.0.0.1 until they are closed. Raises ConfigError for a taken port."""
-    from prometheus_client import CollectorRegistry, Gauge, start_http_server
+    """Numbers that Prometheus may scrape on 127.0.0.1 until they are closed. Raises ConfigError for a taken port."""
+    from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
     registry = CollectorRegistry()
     try:
@@ -70,15 +77,23 @@ def served_metrics(port: int) -> Metrics:
         server.server_close()
         thread.join()
 
-    return Metrics(lambda metric: Gauge(metric.name, metric.description, registry=registry).set, close)
+    def make(metric: Metric) -> Send:
+        if metric.kind == "counter":
+            return Counter(metric.name, metric.description, registry=registry).inc
+        return Gauge(metric.name, metric.description, registry=registry).set
+
+    return Metrics(make, close)
 
 
 def ray_metrics() -> Metrics:
-    """Gauges that Ray gathers from its workers; it puts `ray_` in front of their names."""
-    from ray.util.metrics import Gauge
+    """Numbers that Ray gathers from its workers; it puts `ray_` in front of their names."""
+    from ray.util.metrics import Counter, Gauge
 
-    def make_gauge(metric: Metric) -> SetGauge:
+    def make(metric: Metric) -> Send:
+        if metric.kind == "counter":
+            counter: Any = Counter(metric.name, description=metric.description)
+            return lambda amount: counter.inc(amount) if amount else None  # Ray's takes no 0
         gauge: Any = Gauge(metric.name, description=metric.description)
         return lambda value: gauge.set(value)
 
-    return Metrics(make_gauge)
+    return Metrics(make)

@@ -17,6 +17,9 @@ from lorafleet.sdxl.lora_targets import targets_of
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import Cancelled, Engine, Handle, Job, JobAdapter, fp8
 
+# Said by torch 2.11 of diffusers' own blocks; a warning is an error here.
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")
+
 PROMPTS = ("a red apple on a blue background", "yellow star", "a rocket next to a pizza on a white background")
 SCHEDULERS = ("euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun", "ddim")
 
@@ -40,13 +43,21 @@ def adapters(cpu: Base) -> list[Adapter]:
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     base = load_base(BaseConfig(device="cuda", dtype="float32"))
     settings = EngineSettings.model_validate(
-        {"compile": request.param, "max_batch": 4, "bank": {"slots": 4, "max_rank": 16}, "row_buckets": (2, 8)}
+        {
+            "compile": request.param,
+            "max_batch": 4,
+            "bank": {"slots": 4, "max_rank": 16},
+            "row_buckets": (2, 8),
+            "step_reuse": True,
+        }
     )
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), Engine(base, settings) as engine:
         yield engine  # matrix products are float32 unless asked otherwise
 
 
-def mix(adapters: list[Adapter], count: int) -> list[tuple[Job, list[tuple[Adapter, float]]]]:
+def mix(
+    adapters: list[Adapter], count: int, *, reuses_steps: bool = False
+) -> list[tuple[Job, list[tuple[Adapter, float]]]]:
     draw = random.Random(0)
     jobs = []
     for seed in range(count):
@@ -57,6 +68,7 @@ def mix(adapters: list[Adapter], count: int) -> list[tuple[Job, list[tuple[Adapt
             steps=draw.randrange(3, 7),
             guidance_scale=draw.choice([1.0, 3.0, 6.0]),
             scheduler=draw.choice(SCHEDULERS),
+            step_reuse=1 + seed % 3 if reuses_steps else 1,
             width=96 if seed == 3 else None,  # not among the sizes that are warmed up
         )
         used = tuple(JobAdapter(adapter.name, weight, lambda a=adapter: a) for adapter, weight in chosen)  # type: ignore[misc]
@@ -75,7 +87,7 @@ def oracle(base: Base, job: Job, chosen: list[tuple[Adapter, float]]) -> np.ndar
 
 
 def test_images_of_a_mix_are_those_made_alone_on_a_cpu(engine: Engine, cpu: Base, adapters: list[Adapter]) -> None:
-    jobs = mix(adapters, 12)
+    jobs = mix(adapters, 12) + mix(adapters, 12, reuses_steps=True)
     handles = [engine.submit(job) for job, _ in jobs]
     differences = [
         abs(pixels(handle.result(60).image) - oracle(cpu, *pair)).max()
@@ -109,7 +121,7 @@ def test_eight_bit_images_are_near_those_made_alone(compile_mode: str, adapters:
 def test_swapping_neither_compiles_nor_grows(engine: Engine, adapters: list[Adapter]) -> None:
     bank = engine.bank
     assert bank is not None
-    jobs = [job for job, _ in mix(adapters, 40)]
+    jobs = [job for job, _ in mix(adapters, 40, reuses_steps=True)]
     draw, counters = random.Random(1), torch._dynamo.utils.counters["stats"]
 
     def rounds(count: int) -> None:

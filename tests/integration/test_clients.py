@@ -13,6 +13,8 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
+from lorafleet.core.generation import AdapterUse
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.recipe import extract
 
 PROMPT = "red apple on a blue background"
@@ -72,6 +74,24 @@ def test_openai_edits(client: openai.OpenAI, picture: bytes) -> None:
     assert events[-1].b64_json == reply.data[0].b64_json
 
 
+def test_openai_uses_adapters(client: openai.OpenAI, picture: bytes, adapter: Manifest) -> None:
+    """As the model, or as an extra, which its forms write in a way of their own."""
+    assert "bold" in [model.id for model in client.models.list()]
+    extra: dict[str, Any] = {**EXTRAS, "adapters": [{"name": "bold", "weight": 0.5}]}
+    replies = [
+        client.images.generate(prompt=PROMPT, model="bold", extra_body=EXTRAS),
+        client.images.generate(prompt=PROMPT, extra_body=extra),
+        client.images.edit(image=("star.png", picture), prompt=PROMPT, model="bold", extra_body=EXTRAS),
+        client.images.edit(image=("star.png", picture), prompt=PROMPT, extra_body=extra),
+    ]
+    for reply, weight in zip(replies, (1.0, 0.5, 1.0, 0.5), strict=True):
+        assert reply.data
+        recipe = extract(base64.b64decode(str(reply.data[0].b64_json)))
+        assert recipe.adapters == [AdapterUse(name=f"bold@{adapter.version}", weight=weight)]
+    with pytest.raises(openai.NotFoundError, match="bold"):
+        client.images.generate(prompt=PROMPT, model="bald")
+
+
 def test_openai_tells_what_is_wrong(client: openai.OpenAI, picture: bytes) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="image must be a whole PNG, JPEG or WebP picture"):
         client.images.edit(image=("x.png", b"no picture"), prompt="x")
@@ -128,6 +148,12 @@ def test_hugging_face_text_to_image(hugging_face: InferenceClient, http: httpx.C
     ours = http.post("/generate", json=body, headers={"accept": "image/png"}).content
     assert (np.asarray(image).astype(int) == decoded(ours)).all()
     assert extract(ours).width == 96
+
+
+def test_hugging_face_uses_an_adapter(service_url: str, hugging_face: InferenceClient, adapter: Manifest) -> None:
+    plain = hugging_face.text_to_image(PROMPT, num_inference_steps=2, seed=7)
+    bold = InferenceClient(model=f"{service_url}/models/bold", token="none")
+    assert bold.text_to_image(PROMPT, num_inference_steps=2, seed=7).tobytes() != plain.tobytes()
 
 
 def test_hugging_face_image_to_image(hugging_face: InferenceClient, picture: bytes) -> None:

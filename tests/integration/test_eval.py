@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from lorafleet.cli.main import main
+from lorafleet.cli.main import app, main
 from lorafleet.core.errors import DataUnreadable, EvaluationFailed, LorafleetError, NotReady
 from lorafleet.eval import run as runs
 from lorafleet.eval.config import EvalConfig
@@ -44,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def sample(repo: Path) -> Path:
     """An adapter's file that travels with the repository."""
-    return sorted((repo / "samples" / "registry" / "adapters").glob("*/*/adapter.safetensors"))[0]
+    return sorted((repo / "models" / "registry" / "adapters").glob("*/*/adapter.safetensors"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +87,10 @@ def pictures(home: Path) -> dict[Path, tuple[int, int]]:
 def test_killed_half_way_it_goes_on_to_the_same_numbers_and_makes_nothing_twice(
     home: Path, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config()
+    settings = config(sampling={"steps": 1})
     systems = ["base", f"styled=adapter:{sample}:0.5"]
     command = [str(LORAFLEET), "eval", "run", *itertools.chain(*(("--system", each) for each in systems))]
-    for setting in ("base.device=cpu", "sampling.steps=2", "sampling.limit=8", "run.batch_size=2"):
+    for setting in ("base.device=cpu", "sampling.steps=1", "sampling.limit=8", "run.batch_size=2"):
         command += ["--set", setting]
     process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -155,7 +156,7 @@ def test_another_pipeline_gets_the_same_prompts_and_noise(home: Path) -> None:
 
 
 def test_a_damaged_adapter_is_found_out(home: Path, sample: Path, damaged: Path) -> None:
-    settings = config(sampling={"steps": 8, "limit": 8}, run={"batch_size": 8})
+    settings = config(sampling={"steps": 6, "limit": 8}, run={"batch_size": 8})
     results = evaluated(settings, "base", f"good=adapter:{sample}:0.5", f"bad=adapter:{damaged}:0.5")
     means = {name: each.scores["clip"].mean for name, each in results.systems.items()}
     assert means["base"] > 60
@@ -253,7 +254,7 @@ def test_missing_pictures_and_unfit_adapters_are_refused_by_name(home: Path, tmp
 def test_the_commands_do_what_they_say(home: Path, sample: Path, tmp_path: Path) -> None:
     """run with a sweep, score by another definition, compare, report; JSON on stdout."""
     out = tmp_path / "run"
-    few = ["--set", "sampling.limit=4", "--set", "sampling.steps=1", "--workers", "1", "--set", "base.device=cpu"]
+    few = ["--set", "sampling.limit=4", "--set", "sampling.steps=1", "--workers", "1", "--set", "run.batch_size=4"]
     systems = ["--system", "base", "--system", f"a=adapter:{sample}"]
     found = _json("run", *systems, "--sweep", "0,0.5", *few, "--out", str(out))
     assert list(found["systems"]) == ["base", "a-0", "a-0.5"]
@@ -263,19 +264,20 @@ def test_the_commands_do_what_they_say(home: Path, sample: Path, tmp_path: Path)
     assert again["systems"]["base"]["clip"] == pytest.approx(found["systems"]["base"]["clip"] / 40, rel=1e-4)
     compared = _json("compare", str(out), "--baseline", "base", "--score", "r1")
     assert compared["score"] == "r1"
-    place = _command("report", str(out), "--baseline", "a-0").stdout.strip()
+    place = _command("report", str(out), "--baseline", "a-0").strip()
     assert "every system is compared with <b>a-0</b>" in Path(place).read_text()
 
 
 def _json(*arguments: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(_command(*arguments, "--json").stdout)
+    document: dict[str, Any] = json.loads(_command(*arguments, "--json"))
     return document
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(LORAFLEET), "eval", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
+def _command(*arguments: str) -> str:
+    """What it prints to stdout."""
+    done = CliRunner().invoke(app, ["eval", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(

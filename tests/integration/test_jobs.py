@@ -1,5 +1,6 @@
 """Jobs over real Ray and HTTP, and what becomes of them when processes are killed."""
 
+import contextlib
 import os
 import signal
 import time
@@ -17,11 +18,12 @@ def ended(http: httpx.Client, job_id: str, timeout_s: float = 60.0) -> dict[str,
     deadline = time.monotonic() + timeout_s
     job: dict[str, Any] = {}
     while time.monotonic() < deadline:
-        reply = http.get(f"/v1/jobs/{job_id}")
-        if reply.status_code == 200:
-            job = reply.json()
-            if job["status"] not in ("queued", "running"):
-                return job
+        with contextlib.suppress(httpx.TransportError):  # no gateway listens
+            reply = http.get(f"/v1/jobs/{job_id}")
+            if reply.status_code == 200:
+                job = reply.json()
+                if job["status"] not in ("queued", "running"):
+                    return job
         time.sleep(0.2)
     raise AssertionError(job)
 

@@ -1,9 +1,13 @@
 """How a start fails when only the replica can see why. In a process of its own: one process has one Ray."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 START = """
 import sys
@@ -42,6 +46,18 @@ def test_no_ray_at_the_given_address_is_told_at_once(free_port: Callable[[], int
     result = start(f"port={free_port()}", "ray_address=127.0.0.1:9")
     assert result.returncode == 1
     assert result.stderr.startswith("no Ray cluster answers at ray_address=127.0.0.1:9: ")
+
+
+@pytest.mark.parametrize(("setting", "count"), [("registry.samples=true", 2), ("registry.samples=false", 0)])
+def test_a_first_start_of_emojixl_puts_its_sample_adapters_into_the_registry(
+    setting: str, count: int, free_port: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Ray starts, which it does not here."""
+    monkeypatch.setenv("LORAFLEET_HOME", str(tmp_path / "home"))
+    assert start(f"port={free_port()}", "ray_address=127.0.0.1:9", setting).returncode == 1
+    lists = [str(Path(sys.executable).with_name("lorafleet")), "adapters", "list", "--json"]
+    done = subprocess.run(lists, capture_output=True, text=True, timeout=120, check=True)
+    assert len(json.loads(done.stdout)["adapters"]) == count
 
 
 def test_ray_imported_too_early_to_get_a_token_is_told(free_port: Callable[[], int]) -> None:

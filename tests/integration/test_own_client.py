@@ -13,8 +13,9 @@ from PIL import Image as Pictures
 from service import COMMAND
 
 from lorafleet.client import AsyncClient, Client, Done, Image, Step
-from lorafleet.core.errors import InvalidRequest, JobNotFound
-from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.errors import AdapterInUse, AdapterNotFound, InvalidAdminKey, InvalidRequest, JobNotFound
+from lorafleet.core.generation import AdapterUse, GenerationRequest
+from lorafleet.core.manifest import Manifest
 from lorafleet.core.recipe import extract
 
 REQUEST = GenerationRequest(prompt="red apple on a blue background", steps=4, seed=7, num_images=2)
@@ -56,6 +57,32 @@ def test_pictures_in(service_url: str) -> None:
         assert client.generate(recipe, init_image=star).images == [made]
 
 
+def test_adapters_are_named_and_used(service_url: str, admin: Client, adapter: Manifest) -> None:
+    assert adapter.version in [entry.version for entry in admin.adapters.entries() if entry.name == "bold"]
+    assert admin.adapters.alias("bold", "spring", "latest").versions == {adapter.version: 1.0}
+    uses = [AdapterUse(name="bold@spring", weight=0.5)]
+    one = REQUEST.model_copy(update={"num_images": 1})
+    bold = one.model_copy(update={"adapters": uses})
+    with Client(service_url) as client:
+        plain, made = client.generate(one).images[0], client.generate(bold).images[0]
+        assert pixels(made) != pixels(plain)
+        assert extract(made).adapters == [AdapterUse(name=f"bold@{adapter.version}", weight=0.5)]
+        assert pixels(client.edit(bold, plain, strength=1.0)[0]) != pixels(client.edit(one, plain, strength=1.0)[0])
+        with pytest.raises(InvalidAdminKey):
+            client.adapters.delete("bold")
+        with pytest.raises(AdapterNotFound, match="bold"):
+            client.adapters.show("bald")
+    with pytest.raises(AdapterInUse):
+        admin.adapters.delete("bold")
+    assert admin.adapters.unalias("bold", "spring").versions == {}
+    assert "spring" not in admin.adapters.show("bold").aliases
+
+
+def pixels(png: bytes) -> bytes:
+    with Pictures.open(io.BytesIO(png)) as image:
+        return image.tobytes()
+
+
 def test_errors_are_the_service_s(service_url: str) -> None:
     with Client(service_url) as client:
         with pytest.raises(InvalidRequest) as error:
@@ -65,14 +92,16 @@ def test_errors_are_the_service_s(service_url: str) -> None:
             client.job("none")
 
 
-def test_the_command_line_streams(service_url: str, tmp_path: Path) -> None:
+def test_the_command_line_streams(service_url: str, adapter: Manifest, tmp_path: Path) -> None:
     command = [COMMAND, "generate", "x", "--steps", "8", "--stream", "--preview", "small.png", "--url", service_url]
+    command += ["--adapter", "bold:0.7"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done
     assert done.stdout.startswith("out.png  seed ")
     with Pictures.open(tmp_path / "small.png") as preview:
         assert preview.size == (16, 16)
-    assert extract(tmp_path / "out.png").steps == 8
+    recipe = extract(tmp_path / "out.png")
+    assert (recipe.steps, recipe.adapters) == (8, [AdapterUse(name=f"bold@{adapter.version}", weight=0.7)])
 
 
 def test_ctrl_c_calls_the_work_off(service_url: str, tmp_path: Path) -> None:

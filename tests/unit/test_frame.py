@@ -58,6 +58,9 @@ def test_the_wheel_holds_code_data_and_the_command(repo: Path, tmp_path: Path) -
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     (model.parent / "samples.png").write_bytes(b"x")
+    aliases = source / "models" / "registry" / "adapters" / "plush" / "aliases"
+    aliases.mkdir(parents=True)
+    (aliases / "latest").write_text("{}")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (wheel,) = (source / "dist").glob("lorafleet-*.whl")
@@ -68,6 +71,7 @@ def test_the_wheel_holds_code_data_and_the_command(repo: Path, tmp_path: Path) -
         "lorafleet/serve/app.py",
         "lorafleet/models/emojixl/unet/config.json",
         "lorafleet/models/emojixl/samples.png",
+        "lorafleet/models/registry/adapters/plush/aliases/latest",
     } <= names
     assert "lorafleet/__init__.py" not in names
     assert not [name for name in names if name.startswith(("platform/", "models/", "tests/"))]

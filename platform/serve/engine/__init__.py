@@ -28,8 +28,9 @@ Each image may combine adapters of its own. They are loaded beside the steps, in
 ...     len({handle.result().image.tobytes() for handle in handles})
 3
 
-`loop` is the algorithm; `job` the words of its callers; `order` who goes next; `sampler` one image's way through
-its steps (`init_image`: from a picture); `forward` the batch; `prompts` the embedding cache; `preview` small pictures.
+`loop` is the algorithm; `job` the words of its callers; `order` who goes next; `sampler` one image's way through its
+steps (`init_image`: from a picture); `forward` the batch; `step_reuse` the UNet in two parts; `prompts` the embedding
+cache; `preview` small pictures.
 `bank` is who has which adapter slot, from files (`adapter_pack`) through CPU memory (`adapter_host`); `slots` the
 linears that look into these.
 """

@@ -7,7 +7,8 @@ import torch
 
 from lorafleet.serve.engine.bank import AdapterBank
 from lorafleet.serve.engine.sampler import Sampler
-from lorafleet.serve.engine.unet_runner import UNetInputs, UNetRunner
+from lorafleet.serve.engine.unet_inputs import UNetInputs
+from lorafleet.serve.engine.unet_runner import UNetRunner
 
 Outcome = torch.Tensor | Exception
 
@@ -17,9 +18,9 @@ def predict(
 ) -> list[Outcome]:
     """The model output [rows, 4, h, w] of each sampler, or the error that it fails with when it runs alone.
 
-    All latents have one size. The batch is filled up to the next of `row_buckets` with copies of its last row; one
-    larger than all of them runs as it is. With a `bank` each row gets its sampler's adapters, a copy none. Raises
-    torch.AcceleratorError: after it the device is of no use.
+    All latents have one size, and either all of them take a shallow step next or none. The batch is filled up to the
+    next of `row_buckets` with copies of its last row; one larger than all of them runs as it is. With a `bank` each row
+    gets its sampler's adapters, a copy none. Raises torch.AcceleratorError: after it the device is of no use.
     """
     try:
         return list(_forward(unet, samplers, row_buckets, bank))
@@ -53,8 +54,11 @@ def _forward(
     rows = [sampler.rows for sampler in samplers]
     padding = filled_up(sum(rows), row_buckets) - sum(rows)
 
+    def filled(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [*parts, *[parts[-1][-1:]] * padding]
+
     def batch(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([*parts, *[parts[-1][-1:]] * padding])
+        return torch.cat(filled(parts))
 
     guidance = [sampler.guidance_embedding for sampler in samplers if sampler.guidance_embedding is not None]
     inputs = UNetInputs(
@@ -66,4 +70,13 @@ def _forward(
         guidance=batch(guidance) if guidance else None,
     )
     has_adapters = any(weight != 0.0 for sampler in samplers for _, weight in sampler.adapters)
-    return torch.split(unet(inputs, has_adapters=has_adapters)[: sum(rows)], rows)
+    if samplers[0].is_shallow:
+        deep = [sampler.deep for sampler in samplers if sampler.deep is not None]
+        output = unet.outer(inputs, filled(deep), has_adapters=has_adapters)
+    elif any(sampler.will_reuse for sampler in samplers):
+        output, whole_deep = unet.whole(inputs, has_adapters=has_adapters)
+        for sampler, part in zip(samplers, torch.split(whole_deep[: sum(rows)], rows), strict=True):
+            sampler.keep(part)
+    else:
+        output = unet(inputs, has_adapters=has_adapters)
+    return torch.split(output[: sum(rows)], rows)

@@ -3,7 +3,7 @@
 Weights and inputs are float8_e4m3fn with one scale for a whole tensor; the inputs' scales are found once, before
 anything is compiled, from a few images that the unquantised UNet draws. Adapters keep the base's own type; they see the
 same quantised inputs, which on a GPU are all that is written and read between kernels. Images change a little:
-`loadtests/fp8_change.py` says how much.
+`loadtests/image_change.py` says how much.
 
 The bank wraps first, then the self attentions are joined, this comes last, and is undone first.
 """

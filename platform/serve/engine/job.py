@@ -1,5 +1,6 @@
 """What callers give to the engine and get back: a job, its events, its handle, its image."""
 
+import contextvars
 import logging
 import queue
 import threading
@@ -114,6 +115,8 @@ class Handle:
         """For `asyncio.wrap_future` and callbacks. Its own `cancel()` does nothing: the engine is at work on it."""
         self.future.set_running_or_notify_cancel()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.context = contextvars.copy_context()
+        """Whoever submitted it, for log lines about it."""
         self._is_cancelled = threading.Event()
         self._on_cancel = on_cancel
         self._emitting = threading.RLock()  # a listener may cancel

@@ -12,16 +12,16 @@ from typing import Final, Self
 import torch
 from PIL import Image
 
-from lorafleet.core.errors import ConfigError, GenerationFailed, InvalidRequest, LorafleetError, NotReady
+from lorafleet.core.errors import ConfigError, GenerationFailed, LorafleetError, NotReady
 from lorafleet.core.metrics import OK
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import caches, cross_attention, fp8
 from lorafleet.serve.engine.bank import AdapterBank, Lease
+from lorafleet.serve.engine.checks import check_job
 from lorafleet.serve.engine.cross_attention import CrossAttention
 from lorafleet.serve.engine.ends import Ends
 from lorafleet.serve.engine.forward import filled_up, predict
-from lorafleet.serve.engine.init_image import first_step
 from lorafleet.serve.engine.job import Cancelled, Failed, Finished, Handle, ImageResult, Job, Started, Step
 from lorafleet.serve.engine.observer import Guarded, Observer
 from lorafleet.serve.engine.order import by_urgency, choose, seat
@@ -103,6 +103,7 @@ class Engine:
             cuda_graphs=cuda_graphs,
             cross_attention=self._cross_attention,
             has_bank=self.bank is not None,
+            reuses_steps=self.settings.step_reuse,
         )
         self._last_step: torch.cuda.Event | None = None
         self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank, self._ends.encode)
@@ -182,10 +183,9 @@ class Engine:
 
     def submit(self, job: Job) -> Handle:
         """Queues a job. Raises InvalidRequest (a size or step count this base cannot do, adapters that no bank could
-        hold), or NotReady when the engine is closed or has failed."""
+        hold, steps reused where that is off), or NotReady when the engine is closed or has failed."""
         self.base.limits.check(job.request)
-        _check_image(job)
-        _check_adapters(job, self.bank)
+        check_job(job, self.bank, reuses_steps=self._unet.reuses_steps)
         run = Run(job, self.base.limits.size_of(job.request), on_cancel=self._wake.set)
         with self._lock:
             if self._is_closed or self.failure is not None:
@@ -247,7 +247,7 @@ class Engine:
         seconds = time.perf_counter() - start
         for run, output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
-                self._end(run, Failed(_in_our_words(output)))
+                self._end(run, Failed(run.handle.context.run(_in_our_words, output)))
             elif self._attempt(run, self._advance, output) and run.sampler is not None and run.sampler.is_done:
                 run.end_denoising()
                 self._release(run)
@@ -362,7 +362,7 @@ class Engine:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            self._end(run, Failed(_in_our_words(error)))
+            self._end(run, Failed(run.handle.context.run(_in_our_words, error)))
         return not run.handle.is_done
 
     def _in_background(self, run: Run, stage: Callable[[Run], None]) -> None:
@@ -460,37 +460,6 @@ def _quickest_convolutions(base: Base, *, is_exact: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
-
-
-def _check_image(job: Job) -> None:
-    """Raises InvalidRequest unless there is an image where one is needed, and a step left to take."""
-    if job.mask is not None and job.init_image is None:
-        raise InvalidRequest("mask needs init_image, the picture that it is a mask of", param="mask")
-    steps = job.request.steps
-    if job.init_image is not None and not (0 <= job.strength <= 1 and first_step(steps, job.strength) < steps):
-        raise InvalidRequest(
-            f"strength must be from 1/steps = {1 / steps:.3g} to 1, so that a step is left to take, "
-            f"not {job.strength:g}",
-            param="strength",
-        )
-
-
-def _check_adapters(job: Job, bank: AdapterBank | None) -> None:
-    """Raises InvalidRequest for adapters that will never be in slots together."""
-    if not job.adapters:
-        return
-    keys = {adapter.key for adapter in job.adapters}
-    if bank is None:
-        fault = "adapters are not served here: set engine.bank"
-    elif len(job.adapters) > bank.config.per_row:
-        fault = f"adapters are {len(job.adapters)}, an image may combine {bank.config.per_row}: see engine.bank.per_row"
-    elif not bank.can_hold(keys):
-        fault = f"adapters are {len(keys)} different ones, more than there are slots: raise engine.bank.slots"
-    elif bad := [adapter for adapter in job.adapters if not math.isfinite(adapter.weight)]:
-        fault = f"adapters need a finite number as weight, {bad[0].key} has {bad[0].weight}"
-    else:
-        return
-    raise InvalidRequest(fault, param="adapters")
 
 
 def _in_our_words(error: Exception) -> LorafleetError:

@@ -6,25 +6,37 @@ from typing import Protocol, TypeVar
 
 
 class Candidate(Protocol):
-    """A job that waits for its turn. `arrival` counts up; `skipped_turns` since it was last chosen."""
+    """A job that waits for its turn. `arrival` counts up; `skipped_turns` since it was last chosen; `is_shallow`:
+    whether its next step runs only the outer part of the UNet."""
 
     size: tuple[int, int]
     deadline: float | None
     arrival: int
     skipped_turns: int
 
+    @property
+    def is_shallow(self) -> bool: ...
+
 
 C = TypeVar("C", bound=Candidate)
 
 
 def choose(candidates: Sequence[C], *, max_jobs: int, max_skipped_turns: int) -> list[C]:
-    """Up to `max_jobs` candidates of one size, the most urgent one's; the counts of skipped turns are updated.
+    """Up to `max_jobs` candidates of one size, the most urgent one's, for a step that is shallow for all or for none;
+    the counts of skipped turns are updated.
+
+    Shallow steps go first. They take a tenth of a whole one's time, and those who have done theirs are back for the
+    next whole one: jobs that reuse steps and jobs that do not share it, in place of taking turns with it. As shallow
+    steps follow a whole one of the same job, four at most, that holds up nobody for long.
 
     A candidate passed over for `max_skipped_turns` turns goes before all that have waited less, so that with n
     candidates nobody is passed over more than `max_skipped_turns + n` times in a row, whatever arrives later.
     """
     urgent = by_urgency(candidates, max_skipped_turns)
-    chosen = [candidate for candidate in urgent if candidate.size == urgent[0].size][:max_jobs]
+    alike = [candidate for candidate in urgent if candidate.size == urgent[0].size]
+    is_overdue = urgent[0].skipped_turns >= max_skipped_turns
+    is_shallow = urgent[0].is_shallow if is_overdue else any(candidate.is_shallow for candidate in alike)
+    chosen = [candidate for candidate in alike if candidate.is_shallow == is_shallow][:max_jobs]
     for candidate in candidates:
         candidate.skipped_turns += 1
     for candidate in chosen:

@@ -42,6 +42,11 @@ class Run:
         return self.sampler is not None and self.sampler.is_done
 
     @property
+    def is_shallow(self) -> bool:
+        """Whether its next step runs only the outer part of the UNet."""
+        return self.sampler is not None and self.sampler.is_shallow
+
+    @property
     def has_adapters(self) -> bool:
         """Whether all its adapters are in slots, ready to be used."""
         return self.leases is not None and all(lease.is_published for lease in self.leases)
@@ -86,7 +91,7 @@ class Run:
 
     def end_denoising(self) -> None:
         if self.sampler is not None:
-            self.sampler.key_values = None  # large, and not needed for decoding
+            self.sampler.release()
         self._denoised_s = time.monotonic()
 
     def timings(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ class Sampler:
     With guidance it takes part in a batch as two rows, negative prompt first, else as one. What its rows are told
     does not change between steps: `hidden` [rows, L, D], `pooled` [rows, P], `time_ids` [rows, 6] in the base's dtype,
     and `adapters`, (slot, weight) pairs that are those of each row. With `key_values` the text is in these, not in
-    `hidden`.
+    `hidden`. With the request's `step_reuse` of n, evaluations 0, n, 2n, ... are whole and those between are shallow.
     """
 
     def __init__(
@@ -89,6 +89,9 @@ class Sampler:
         self.latents: torch.Tensor = latents
         """[1, 4, h, w] as the VAE's decoder wants them once `is_done`."""
         self.done = 0
+        self._step_reuse = job.request.step_reuse
+        self.deep: torch.Tensor | None = None
+        """[rows, C, h, w]: what shallow evaluations reuse of the last whole one."""
 
     def tensors(self) -> list[torch.Tensor]:
         """On the device, made for the job and read at every step."""
@@ -110,6 +113,25 @@ class Sampler:
     @property
     def is_done(self) -> bool:
         return self.done == self.total
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether the next evaluation is."""
+        return self.done % self._step_reuse > 0
+
+    @property
+    def will_reuse(self) -> bool:
+        """Whether the one after the next reuses what the next one gives."""
+        return not self.is_shallow and (self.done + 1) % self._step_reuse > 0 and self.done + 1 < self.total
+
+    def keep(self, deep: torch.Tensor) -> None:
+        """Copies what the whole evaluation of its rows gave, if it will be reused."""
+        if self.will_reuse:
+            self.deep = deep.clone() if self.deep is None else self.deep.copy_(deep)
+
+    def release(self) -> None:
+        """Lets go of what is large and not needed for decoding."""
+        self.key_values = self.deep = None
 
     @property
     def timestep(self) -> torch.Tensor:

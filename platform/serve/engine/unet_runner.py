@@ -1,68 +1,28 @@
-"""How the UNet is run: as it is, compiled, or replayed as CUDA graphs that were recorded for known shapes."""
+"""How the UNet is run: as it is, compiled, or replayed as CUDA graphs that were recorded for known shapes; the whole of
+it or, where jobs may reuse steps, its outer part."""
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from lorafleet.sdxl.base import Base
 from lorafleet.serve.config import CompileMode
-from lorafleet.serve.engine import resnets
+from lorafleet.serve.engine import resnets, step_reuse
 from lorafleet.serve.engine.cross_attention import CrossAttention
 from lorafleet.serve.engine.recording import Recording
 from lorafleet.serve.engine.regions import compile_regions, compiling, restore
 from lorafleet.serve.engine.slots import without_adapters
+from lorafleet.serve.engine.step_reuse import TwoPartUNet
+from lorafleet.serve.engine.unet_inputs import UNetInputs
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class UNetInputs:
-    """One batch, on the base's device in its dtype.
-
-    `sample`: [rows, 4, h, w]. `timesteps`: [rows], float32. `hidden`: [rows, L, D], or [rows, L, 0] where a
-    CrossAttention has the text. `pooled`: [rows, P]. `time_ids`: [rows, 6]. `guidance`: [rows, G] for a base that is
-    told the scale, else None.
-    """
-
-    sample: torch.Tensor
-    timesteps: torch.Tensor
-    hidden: torch.Tensor
-    pooled: torch.Tensor
-    time_ids: torch.Tensor
-    guidance: torch.Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(rows, h, w)"""
-        rows, _, height, width = self.sample.shape
-        return rows, height, width
-
-    @classmethod
-    def blank(cls, base: Base, rows: int, height: int, width: int, *, with_text: bool = True) -> Self:
-        """Inputs of this shape, h and w in latents, for warming up."""
-        config = base.pipeline.unet.config
-        length = base.pipeline.tokenizer.model_max_length
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-
-        def noise(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, device=base.device).to(base.dtype)
-
-        return cls(
-            sample=noise(rows, config.in_channels, height, width),
-            timesteps=torch.full((rows,), 500.0, device=base.device),
-            hidden=noise(rows, length, config.cross_attention_dim if with_text else 0),
-            pooled=noise(rows, pooled),
-            time_ids=noise(rows, 6),
-            guidance=noise(rows, config.time_cond_proj_dim) if config.time_cond_proj_dim else None,
-        )
-
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """In the order of the fields."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+Shape = tuple[int, int, int]
+"""(rows, h, w), h and w in latents."""
 
 
 class UNetRunner:
@@ -80,8 +40,11 @@ class UNetRunner:
         cuda_graphs: bool = False,
         cross_attention: CrossAttention | None = None,
         has_bank: bool = False,
+        reuses_steps: bool | None = None,
     ) -> None:
-        """`cuda_graphs` needs a CUDA device. With `has_bank` an adapter bank has wrapped the UNet already."""
+        """`cuda_graphs` needs a CUDA device. With `has_bank` an adapter bank has wrapped the UNet already.
+        `reuses_steps`: whether the outer part runs by itself too; None: if that takes no warming up. Raises
+        ConfigError."""
         self.cross_attention = cross_attention
         self._base = base
         self._unet: Any = base.pipeline.unet
@@ -89,9 +52,20 @@ class UNetRunner:
         self.cuda_graphs = cuda_graphs
         self._has_bank = has_bank
         self._pool: Any = None
-        self._graphs: dict[tuple[int, int, int], dict[bool, Recording]] = {}  # then by whether any row has adapters
-        self._compiled_shapes: set[tuple[int, int, int]] = set()
-        self._model = torch.compile(self._unet, fullgraph=True, dynamic=False) if compile_mode == "full" else self._unet
+        self._graphs: dict[Shape, dict[bool, Recording]] = {}  # then by whether any row has adapters
+        self._outer_graphs: dict[Shape, dict[bool, Recording]] = {}
+        self._deep: dict[Shape, torch.Tensor] = {}  # where graphs leave and find it, one memory for all of a size
+        self._compiled_shapes: set[Shape] = set()
+        if reuses_steps is None:
+            reuses_steps = not self.has_shapes and step_reuse.is_possible(base)
+        self._parts = TwoPartUNet(base) if reuses_steps else None
+        self._model = self._compiled(self._unet)
+        if self._parts is not None:
+            self._whole, self._outer = self._compiled(self._parts.whole), self._compiled(self._parts.outer)
+
+    @property
+    def reuses_steps(self) -> bool:
+        return self._parts is not None
 
     @property
     def has_shapes(self) -> bool:
@@ -103,8 +77,8 @@ class UNetRunner:
         """Whether each takes a minute to warm up, not two seconds."""
         return self._mode == "full"
 
-    def warm_up(self, shapes: Sequence[tuple[int, int, int]]) -> None:
-        """Compiles and records for these (rows, h, w), h and w in latents."""
+    def warm_up(self, shapes: Sequence[Shape]) -> None:
+        """Compiles and records for these."""
         if self._mode != "none" and self._base.device.type == "cuda":
             resnets.put_channels_last(self._unet)
             resnets.quicken(self._unet)
@@ -114,7 +88,11 @@ class UNetRunner:
             # the smallest first: what is right for few rows is right for many, but not the other way round
             for shape in sorted(shapes) if self._mode != "none" else ():
                 start = time.perf_counter()
-                self._call(self._blank(shape))
+                inputs = self._blank(shape)
+                if self.reuses_steps:
+                    self._outer(inputs, self._whole(inputs)[1])
+                else:
+                    self._call(inputs)
                 self._compiled_shapes.add(shape)
                 logger.debug("compiling for %d rows of %d x %d took %.1f s", *shape, time.perf_counter() - start)
             # the largest first: the others share its memory
@@ -123,46 +101,98 @@ class UNetRunner:
                 self._record(shape)
                 logger.debug("recording %d rows of %d x %d took %.1f s", *shape, time.perf_counter() - start)
 
-    def _record(self, shape: tuple[int, int, int]) -> None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        inputs = self._blank(shape).tensors()
-
-        def call(*tensors: Any) -> tuple[torch.Tensor]:
-            return (self._call(UNetInputs(*tensors)),)
-
-        with without_adapters():
-            plain = Recording(call, inputs, self._pool)
-        self._graphs[shape] = {False: plain}
-        self._graphs[shape][True] = Recording(call, inputs, self._pool) if self._has_bank else plain
-
     def __call__(self, inputs: UNetInputs, *, has_adapters: bool = True) -> torch.Tensor:
         """The model output [rows, 4, h, w]. `has_adapters`: whether any row may have some."""
         if (graphs := self._graphs.get(inputs.shape)) is not None:
             return graphs[has_adapters].replay(*inputs.tensors())[0]
-        if self._mode == "none" or inputs.shape in self._compiled_shapes:
+        with self._as_warmed_up(inputs):
             return self._call(inputs)
-        with torch.compiler.set_stance("force_eager"):
-            return self._call(inputs)
+
+    def whole(self, inputs: UNetInputs, *, has_adapters: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model output, and what `outer` reuses: [rows, C, h, w], to be copied before the next call. If
+        `reuses_steps`."""
+        if (graphs := self._graphs.get(inputs.shape)) is not None:
+            return graphs[has_adapters].replay(*inputs.tensors())[0], self._deep[inputs.shape]
+        with self._as_warmed_up(inputs):
+            output, deep = self._whole(inputs)
+            return output, deep
+
+    def outer(self, inputs: UNetInputs, deep: Sequence[torch.Tensor], *, has_adapters: bool = True) -> torch.Tensor:
+        """The model output of the outer part alone. `deep`: of all rows, one after the other, what `whole` gave at
+        some step before. If `reuses_steps`."""
+        if (graphs := self._outer_graphs.get(inputs.shape)) is not None:
+            joined = torch.cat(list(deep), out=self._deep[inputs.shape])
+            return graphs[has_adapters].replay(*inputs.tensors(), joined)[0]
+        with self._as_warmed_up(inputs):
+            output: torch.Tensor = self._outer(inputs, torch.cat(list(deep)))[0]
+            return output
 
     def close(self) -> None:
         """Drops the graphs, and leaves the UNet as it was, its cross attentions too."""
         self._graphs.clear()
+        self._outer_graphs.clear()
+        self._deep.clear()
         resnets.restore(self._unet)
         if self._mode == "regional":
             restore(self._unet)
         if self.cross_attention is not None:
             self.cross_attention.close()
 
-    def _blank(self, shape: tuple[int, int, int]) -> UNetInputs:
+    def _compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(call, fullgraph=True, dynamic=False) if self._mode == "full" else call
+
+    def _as_warmed_up(self, inputs: UNetInputs) -> AbstractContextManager[Any]:
+        is_known = self._mode == "none" or inputs.shape in self._compiled_shapes
+        return nullcontext() if is_known else torch.compiler.set_stance("force_eager")
+
+    def _record(self, shape: Shape) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        inputs = self._blank(shape)
+        if self._parts is None:
+            self._graphs[shape] = self._recordings(lambda *some: (self._call(UNetInputs(*some)),), inputs.tensors())
+            return
+        deep = self._deep[shape] = self._memory_of_deep(inputs)
+
+        def whole(*some: Any) -> tuple[torch.Tensor]:
+            output, its_deep = self._whole(UNetInputs(*some))
+            deep.copy_(its_deep)
+            return (output,)
+
+        self._graphs[shape] = self._recordings(whole, inputs.tensors())
+        self._outer_graphs[shape] = self._recordings(
+            lambda *some: self._outer(UNetInputs(*some[:-1]), some[-1]),
+            (*inputs.tensors(), deep),
+            has_adapters=self._parts.outer_has_adapters,
+        )
+
+    def _memory_of_deep(self, inputs: UNetInputs) -> torch.Tensor:
+        """One for all row counts of a size, of which the largest comes first: 21 MB a row with SDXL in bfloat16."""
+        rows, *size = inputs.shape
+        largest = next((deep for (_, *its), deep in self._deep.items() if its == size), None)
+        return torch.empty_like(self._whole(inputs)[1]) if largest is None else largest[:rows]
+
+    def _recordings(
+        self, call: Callable[..., Any], inputs: Sequence[torch.Tensor | None], *, has_adapters: bool = True
+    ) -> dict[bool, Recording]:
+        with without_adapters():
+            plain = Recording(call, inputs, self._pool)
+        needs_both = self._has_bank and has_adapters
+        return {False: plain, True: Recording(call, inputs, self._pool) if needs_both else plain}
+
+    def _blank(self, shape: Shape) -> UNetInputs:
         return UNetInputs.blank(self._base, *shape, with_text=self.cross_attention is None)
 
     def _call(self, inputs: UNetInputs) -> torch.Tensor:
-        output: torch.Tensor = self._model(
-            inputs.sample,
-            inputs.timesteps,
-            encoder_hidden_states=inputs.hidden,
-            timestep_cond=inputs.guidance,
-            added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
-            return_dict=False,
-        )[0]
+        if self.reuses_steps and self.has_shapes:
+            # compiled once, for batches with jobs that reuse steps and for others
+            output: torch.Tensor = self._whole(inputs)[0]
+        else:
+            output = self._model(
+                inputs.sample,
+                inputs.timesteps,
+                encoder_hidden_states=inputs.hidden,
+                timestep_cond=inputs.guidance,
+                added_cond_kwargs={"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
+                return_dict=False,
+            )[0]
         return output

@@ -34,7 +34,8 @@ def add(app: FastAPI, service: Service) -> None:
     )
     async def generate(http: Request) -> Response:
         """Images of one prompt. With `Accept: image/png` the one image's bytes, its seed in a header; with
-        `Accept: text/event-stream` the events `queued`, `started`, `step`, `image`, and `done` or `error`."""
+        `Accept: text/event-stream` the events `queued`, `downloading` (an adapter), `started`, `step`, `image`, and
+        `done` or `error`."""
         body = await read_body(http, GenerateBody, limit)
         answer = preferred_type(http.headers.get("accept", ""))
         if answer == PNG and body.num_images != 1:

@@ -9,8 +9,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lorafleet.cli.main import app
-from lorafleet.core.errors import BaseNotFound, LorafleetError, RecipeMismatch
+from lorafleet.core.errors import AdapterNotFound, BaseNotFound, LorafleetError, RecipeMismatch
 from lorafleet.core.recipe import embed, extract
+from lorafleet.sdxl.adapter_file import base_targets
+from lorafleet.sdxl.config import BaseConfig
+from lorafleet.sdxl.lora_random import random_adapter
+from lorafleet.sdxl.lora_write import write_adapter
 
 runner = CliRunner()
 
@@ -27,6 +31,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "2",
         "--scheduler",
         "ddim",
+        "--step-reuse",
+        "2",
         "--negative-prompt",
         "blurry 🍏",
     ]
@@ -39,7 +45,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_picture_holds_what_was_asked(picture: Path) -> None:
     recipe = extract(picture)
     assert (recipe.prompt, recipe.negative_prompt, recipe.steps) == ("a red apple", "blurry 🍏", 2)
-    assert (recipe.seed, recipe.scheduler, recipe.base.id) == (3, "ddim", "emojixl")
+    assert (recipe.seed, recipe.scheduler, recipe.step_reuse, recipe.base.id) == (3, "ddim", 2, "emojixl")
     with Image.open(picture) as image:
         assert image.size == (recipe.width, recipe.height)
 
@@ -52,6 +58,24 @@ def test_its_recipe_makes_it_again_and_can_be_varied(picture: Path, tmp_path: Pa
     assert runner.invoke(app, [*recipe, "-o", str(other), "--seed", "4"]).exit_code == 0
     assert other.read_bytes() != picture.read_bytes()
     assert extract(other) == extract(picture).model_copy(update={"seed": 4})
+
+
+def test_an_adapter_by_name_and_weight(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFLEET_HOME", str(tmp_path))
+    file, out = tmp_path / "bold.safetensors", tmp_path / "bold.png"
+    write_adapter(
+        random_adapter(base_targets(BaseConfig()), 5, ranks=(4,), modules=r"unet\..+attn[12].+", strength=2.0), file
+    )
+    assert runner.invoke(app, ["adapters", "push", "bold", str(file)]).exit_code == 0
+    recipe = ["generate", "--local", "--recipe", str(picture), "-o", str(out)]
+    assert runner.invoke(app, [*recipe, "--adapter", "bold:0.5"]).exit_code == 0
+    (use,) = extract(out).adapters
+    assert (use.name.partition("@")[0], use.weight) == ("bold", 0.5)
+    with Image.open(out) as bold, Image.open(picture) as plain:
+        assert bold.tobytes() != plain.tobytes()
+    assert isinstance(failing("x", "--local", "--adapter", "bald", "-o", str(out)), AdapterNotFound)
+    done = runner.invoke(app, ["generate", "x", "--adapter", "bold:much"])
+    assert (done.exit_code, "should be NAME or NAME:WEIGHT" in done.output.replace("\n", " ")) == (2, True)
 
 
 def test_several_images_are_numbered_and_reported_as_json(tmp_path: Path) -> None:

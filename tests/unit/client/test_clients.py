@@ -4,28 +4,46 @@ import asyncio
 import base64
 import inspect
 import json
+import operator
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 import lorafleet.client
-from lorafleet.client import AsyncClient, Client, Done, Image, Queued, Step
+from lorafleet.client import AsyncClient, Client, Done, Downloading, Image, Queued, Step
+from lorafleet.client import adapters as adapters_module
 from lorafleet.client import http as sync_module
 from lorafleet.client.events import Decoder
 from lorafleet.core import errors
-from lorafleet.core.generation import GenerationRequest
+from lorafleet.core.generation import AdapterUse, GenerationRequest
 
 URL = "http://127.0.0.1:8000"
 REQUEST = GenerationRequest(prompt="x", steps=2, seed=1)
 PNG = b"\x89PNG"
 B64 = base64.b64encode(PNG).decode()
 DONE = {"type": "done", "timings": {"total_s": 1.0}, "warnings": [], "since": "a later version"}
-STEPS = [{"type": "queued"}, {"type": "step", "image": 0, "done": 1, "total": 2, "preview": B64}]
+STEPS = [
+    {"type": "queued"},
+    {"type": "downloading", "adapter": "plush", "done_bytes": 1, "total_bytes": 2},
+    {"type": "step", "image": 0, "done": 1, "total": 2, "preview": B64},
+]
 IMAGE = {"type": "image", "image": 0, "seed": 1, "png": B64}
-EXPECTED = [Queued(), Step(0, 1, 2, PNG), Image(0, 1, PNG), Done({"total_s": 1.0}, [])]
+EXPECTED = [Queued(), Downloading("plush", 1, 2), Step(0, 1, 2, PNG), Image(0, 1, PNG), Done({"total_s": 1.0}, [])]
 JOB = {"id": "j/1", "status": "succeeded", "created_at": 1, "progress": 1.0, "images": [], "object": "job"}
+VERSION = "ab" * 32
+MANIFEST = {
+    "name": "plush",
+    "version": VERSION,
+    "size_bytes": 1,
+    "pushed_at": "2026-01-01T00:00:00Z",
+    "format": "peft",
+    "rank": 4,
+    "modules": {"unet": 1},
+    "fits_fingerprint": "ba5e" * 16,
+}
 Answer = Callable[[httpx.Request], httpx.Response]
 
 
@@ -63,13 +81,13 @@ def use(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
     def in_thread(answer: Answer, method: str, *arguments: Any, **options: Any) -> Any:
         with Client(URL, transport=httpx.MockTransport(answer)) as client:
-            result = getattr(client, method)(*arguments, **options)
+            result = operator.attrgetter(method)(client)(*arguments, **options)
             return list(result) if inspect.isgenerator(result) else result
 
     def in_loop(answer: Answer, method: str, *arguments: Any, **options: Any) -> Any:
         async def main() -> Any:
             async with AsyncClient(URL, transport=httpx.MockTransport(answer)) as client:
-                result = getattr(client, method)(*arguments, **options)
+                result = operator.attrgetter(method)(client)(*arguments, **options)
                 return [event async for event in result] if inspect.isasyncgen(result) else await result
 
         return asyncio.run(main())
@@ -83,6 +101,7 @@ def test_both_clients_offer_the_same() -> None:
         return {name: inspect.signature(method).parameters.keys() for name, method in methods.items()}
 
     assert offer(Client) == offer(AsyncClient)
+    assert offer(adapters_module.Adapters) == offer(adapters_module.AsyncAdapters)
 
 
 def test_all_that_is_exported_is_there() -> None:
@@ -131,10 +150,10 @@ def test_a_job_s_events_go_on_over_a_broken_connection(use: Callable[..., Any]) 
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers.get("last-event-id"))
-        return sse(*STEPS, broken=True) if len(seen) == 1 else sse(IMAGE, DONE, first=3)
+        return sse(*STEPS, broken=True) if len(seen) == 1 else sse(IMAGE, DONE, first=4)
 
     assert use(answer, "job_events", "j/1") == EXPECTED
-    assert seen == [None, "2"]
+    assert seen == [None, "3"]
 
 
 def test_jobs(use: Callable[..., Any]) -> None:
@@ -178,10 +197,53 @@ def test_an_edit_is_a_form(use: Callable[..., Any]) -> None:
         for name, value in (("size", "64x96"), ("strength", "0.5"), ("n", "1"), ("image", "pic"), ("mask", "hole")):
             assert f'name="{name}"' in text
             assert f"\r\n{value}\r\n" in text
+        assert '[{"name": "plush", "weight": 0.5}]' in text
         return httpx.Response(200, json={"data": [{"b64_json": B64}]})
 
-    request = REQUEST.model_copy(update={"width": 64, "height": 96})
+    uses = [AdapterUse(name="plush", weight=0.5)]
+    request = REQUEST.model_copy(update={"width": 64, "height": 96, "adapters": uses})
     assert use(answer, "edit", request, b"pic", mask=b"hole", strength=0.5) == [PNG]
+
+
+def test_a_push_sends_the_whole_file_at_every_try(use: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "plush.safetensors"
+    file.write_bytes(b"weights" * 20_000)
+    seen: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.read())
+        assert (request.method, request.url.path) == ("POST", "/v1/adapters")
+        return refusal(503, "not_ready", retry_after="0") if len(seen) == 1 else httpx.Response(201, json=MANIFEST)
+
+    manifest = use(answer, "adapters.push", "plush", file)
+    assert (manifest.name, manifest.rank) == ("plush", 4)
+    assert all(file.read_bytes() in body and b'name="name"\r\n\r\nplush' in body for body in seen)
+    assert len(seen) == 2
+    with pytest.raises(errors.InvalidRequest, match=r"cannot read .*nothing: No such file"):
+        use(answer, "adapters.push", "plush", tmp_path / "nothing")
+
+
+def test_adapters_are_named_and_deleted(use: Callable[..., Any]) -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else None
+        seen.append((f"{request.method} {request.url.raw_path.decode()}", body))
+        if request.url.path.endswith("/production"):
+            return httpx.Response(200, json={"name": "plush", "alias": "production", "versions": {VERSION: 1.0}})
+        return httpx.Response(200, json={"deleted": [f"plush@{VERSION}"]})
+
+    assert use(answer, "adapters.alias", "plush", "production", "latest").versions == {VERSION: 1.0}
+    use(answer, "adapters.alias", "plush", "production", {"latest": 9, "abcdef": 1})
+    use(answer, "adapters.unalias", "plush", "production")
+    assert use(answer, "adapters.delete", "plush@abcdef") == [f"plush@{VERSION}"]
+    alias = "/v1/adapters/plush/aliases/production"
+    assert seen == [
+        (f"PUT {alias}", {"version": "latest"}),
+        (f"PUT {alias}", {"versions": {"latest": 9, "abcdef": 1}}),
+        (f"DELETE {alias}", None),
+        ("DELETE /v1/adapters/plush@abcdef", None),
+    ]
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

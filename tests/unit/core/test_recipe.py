@@ -90,6 +90,13 @@ def test_other_tools_see_the_parameters(tmp_path: Path) -> None:
         "Model hash: 0123456789, Model: emojixl, Version: lorafleet 0.1.0"
     )
     assert json.loads(text["lorafleet"])["base"]["fingerprint"] == "sha256:0123456789abcdef"
+    assert "step_reuse" not in text["lorafleet"]  # as it was before there was any
+
+
+def test_reused_steps_are_told() -> None:
+    reusing = RECIPE.model_copy(update={"step_reuse": 3})
+    assert recipes.extract(recipes.embed(image(), reusing)).request().step_reuse == 3
+    assert recipes.parameters(reusing).endswith("Version: lorafleet 0.1.0, Step reuse: 3")
 
 
 def test_parameters_leave_out_an_empty_negative_prompt_and_quote_odd_names() -> None:

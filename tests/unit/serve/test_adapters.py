@@ -1,7 +1,11 @@
 """The registry over HTTP: pushed, listed, shown, named, deleted; and the service while the registry is silent."""
 
 import hashlib
+import json
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 
 from lorafleet.core.errors import NotReady
-from lorafleet.core.registry import open_registry
+from lorafleet.core.manifest import Manifest
+from lorafleet.core.registry import Registry, open_registry
 from lorafleet.core.registry_config import RegistryConfig
 from lorafleet.sdxl.base import load_base
 from lorafleet.sdxl.config import BaseConfig
@@ -18,7 +23,7 @@ from lorafleet.sdxl.lora_random import random_adapter
 from lorafleet.sdxl.lora_targets import Targets
 from lorafleet.sdxl.lora_write import write_adapter
 from lorafleet.serve.config import BankConfig, EngineSettings
-from lorafleet.serve.pipeline import Pipeline
+from lorafleet.serve.pipeline import PROGRESS_S, Pipeline
 
 KEY = "open-sesame-open-sesame"
 ADMIN = {"authorization": f"Bearer {KEY}"}
@@ -31,8 +36,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipeline(url: Path) -> Iterator[Pipeline]:
-    registry = open_registry(RegistryConfig(url=str(url)))
+def registry(url: Path) -> Registry:
+    return open_registry(RegistryConfig(url=str(url)))
+
+
+@pytest.fixture(scope="module")
+def pipeline(registry: Registry) -> Iterator[Pipeline]:
     settings = EngineSettings(bank=BankConfig(slots=2, max_rank=8))
     pipeline = Pipeline(load_base(BaseConfig(device="cpu")), settings, registry).start()
     yield pipeline
@@ -224,6 +233,54 @@ def test_a_silent_registry_degrades_the_service(
     assert error(http.post("/generate", json=asked)) == (503, "storage_unavailable")
     assert error(http.get("/v1/adapters")) == (503, "storage_unavailable")
     assert error(push(http, "plush", b"")) == (503, "storage_unavailable")
+
+
+def test_what_is_resident_is_served_while_the_registry_is_silent(
+    http: Any, lora: Callable[[int], bytes], url: Path
+) -> None:
+    push(http, "resident", lora(5))
+    drawn = image(http, "resident")
+    url.rename(url.with_name("away"))
+    url.write_text("")
+    try:
+        assert image(http, "resident") == drawn
+        assert http.get("/readyz").json()["status"] == "degraded"
+    finally:
+        url.unlink()
+        url.with_name("away").rename(url)
+    assert image(http, "resident") == drawn
+
+
+def test_who_waits_for_a_download_is_told_and_holds_nobody_else_up(
+    http: Any, lora: Callable[[int], bytes], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(http, "here", lora(6))
+    size = push(http, "away", lora(7)).json()["size_bytes"]
+    image(http, "here")
+    begun, may_end, pull = threading.Event(), threading.Event(), registry.pull
+
+    def slow(manifest: Manifest, **options: Any) -> Path:
+        if manifest.name == "away" and not begun.is_set():
+            options["on_progress"](size // 2, size)
+            begun.set()
+            assert may_end.wait(30)
+        return pull(manifest, **options)
+
+    monkeypatch.setattr(registry, "pull", slow)
+    body = {"prompt": "x", "seed": 1, "steps": 1, "width": 64, "height": 64, "adapters": [{"name": "away"}]}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(http.post, "/generate", json=body, headers={"accept": "text/event-stream"})
+        assert begun.wait(30)
+        time.sleep(PROGRESS_S)  # until it is told
+        for _ in range(3):
+            image(http, "here")
+        assert not waiting.done()
+        may_end.set()
+        lines = waiting.result().text.splitlines()
+    told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert told[1] == {"type": "downloading", "adapter": "away", "done_bytes": size // 2, "total_bytes": size}
+    names = [event["type"] for event in told if event["type"] != "downloading"]
+    assert names == ["queued", "started", "step", "image", "done"]
 
 
 def test_a_service_without_a_replica_is_ready_if_the_next_request_starts_one(

@@ -89,5 +89,6 @@ def test_cost_counts_images_steps_rows_and_pixels() -> None:
 
     assert cost() == pytest.approx(12)
     assert cost(guidance_scale=5.0, num_images=2, width=500) == pytest.approx(24)
+    assert cost(step_reuse=2) == pytest.approx(7.5)
     assert cost(scheduler="heun") == pytest.approx(22)
     assert cost(Start(b"", None, RecipeStart(image="0" * 64, strength=0.5))) == pytest.approx(7)

@@ -8,6 +8,7 @@ import pytest
 
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.serve.affinity import Affinity, Report, short_key
+from lorafleet.serve.config import RoutingPolicy
 from lorafleet.serve.work import Work, WorkAdapter
 
 REPLICAS = ["a", "b", "c"]
@@ -104,8 +105,15 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
     assert affinity.rank(["a", "b"], work(1))[1] == "cold"
 
 
-def test_when_nothing_is_worth_anything_equally_busy_replicas_are_drawn() -> None:
-    affinity = Affinity(slot_s=0, host_s=0)
-    affinity.update({replica: has(slots=(1,)).to_json() for replica in REPLICAS})
-    firsts = Counter(affinity.rank(REPLICAS, work(1))[0][0] for _ in range(300))
-    assert min(firsts[replica] for replica in REPLICAS) > 60
+@pytest.mark.parametrize(("policy", "drawn"), [("least_busy", "ab"), ("random", "abc")])
+def test_the_other_policies_draw_whatever_adapters_there_are(policy: RoutingPolicy, drawn: str) -> None:
+    affinity = Affinity(slot_s=4.0, host_s=2.0, policy=policy)
+    reports = {"a": has(slots=(1,)), "b": has(), "c": has(slots=(1,), backlog_s=1.0)}
+    affinity.update({replica: report.to_json() for replica, report in reports.items()})
+    ranked = [affinity.rank(REPLICAS, work(1)) for _ in range(600)]
+    firsts = Counter(order[0] for order, _ in ranked)
+    assert sorted(firsts) == list(drawn)
+    assert min(firsts.values()) > 120
+    assert {order[0]: choice for order, choice in ranked} == {
+        replica: "spread" if replica == "b" else "slot" for replica in drawn
+    }

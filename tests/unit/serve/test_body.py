@@ -52,6 +52,7 @@ def test_what_is_no_json_object_is_malformed(raw: bytes) -> None:
         ("seed", 10**4000, "seed must be an integer from 0 to 4294967295, got 1000"),
         ("num_images", 9, "num_images must be an integer from 1 to 8, got 9"),
         ("width", 63, "width must be an integer from 64 to 2048, got 63"),
+        ("step_reuse", 6, "step_reuse must be an integer from 1 to 5, got 6"),
         ("guidance_scale", 30.5, "guidance_scale must be a number from 0 to 30, got 30.5"),
         ("guidance_scale", "5", "guidance_scale must be a number from 0 to 30, got '5'"),
         ("scheduler", "eulr", "scheduler must be one of euler, euler_a, ddim"),
@@ -113,8 +114,17 @@ def test_openai_fields_have_ranges_too(field: str, value: object, message: str) 
 
 
 def test_openai_fields_become_ours() -> None:
-    body = {"prompt": "x", "n": 2, "size": "96x128", "num_inference_steps": 3, "scheduler": "ddim", "seed": 4}
+    body = {
+        "prompt": "x",
+        "n": 2,
+        "size": "96x128",
+        "num_inference_steps": 3,
+        "scheduler": "ddim",
+        "seed": 4,
+        "step_reuse": 2,
+    }
     request = parse_body(json.dumps(body).encode(), ImagesBody).request()
     assert (request.width, request.height, request.num_images) == (96, 128, 2)
     assert (request.steps, request.scheduler, request.seed, request.guidance_scale) == (3, "ddim", 4, 5.0)
+    assert request.step_reuse == 2
     assert parse_body(b'{"prompt": "x", "size": "auto", "n": null}', ImagesBody).request().width is None

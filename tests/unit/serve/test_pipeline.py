@@ -47,6 +47,15 @@ def test_the_recipe_in_a_png_makes_it_again(pipeline: Pipeline) -> None:
     assert pipeline.generate(recipe.request()).images == [first.images[1]]
 
 
+def test_a_recipe_holds_what_steps_reused(pipeline: Pipeline) -> None:
+    whole = GenerationRequest(prompt="yellow star", steps=4, seed=1)
+    reusing = pipeline.generate(whole.model_copy(update={"step_reuse": 2}))
+    recipe = extract(reusing.images[0])
+    assert recipe.step_reuse == 2
+    assert pipeline.generate(recipe.request()).images == reusing.images
+    assert (pixels(reusing.images[0]) != pixels(pipeline.generate(whole).images[0])).any()
+
+
 def test_seeds_left_out_differ(pipeline: Pipeline) -> None:
     request = GenerationRequest(prompt="yellow star", steps=1)
     assert pipeline.generate(request).seeds != pipeline.generate(request).seeds

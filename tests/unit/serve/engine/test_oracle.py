@@ -50,6 +50,7 @@ JOBS = st.builds(
         steps=st.integers(1, 5),
         guidance_scale=st.sampled_from([0.0, 1.0, 1.5, 7.0]),
         scheduler=st.sampled_from(SCHEDULERS),
+        step_reuse=st.sampled_from([1, 1, 2, 3, 5]),
     ),
     seed=st.sampled_from([0, 1, 2**32 - 1]),
 )

@@ -1,16 +1,19 @@
-"""How much `engine.fp8` changes the images of a base: the same prompts and seeds, with and without.
+"""How much a setting that changes images changes those of a base: the same prompts and seeds, with and without.
 
-python loadtests/fp8_change.py                                          emojixl, in float32 on a CPU
-python loadtests/fp8_change.py --base stabilityai/stable-diffusion-xl-base-1.0 --images 16 --out images/
-python loadtests/fp8_change.py --prompts mine.txt --set compile=full
+python loadtests/image_change.py                                        engine.fp8 on emojixl, in float32 on a CPU
+python loadtests/image_change.py --change request.step_reuse=2          a field of the request in place of a setting
+python loadtests/image_change.py --base stabilityai/stable-diffusion-xl-base-1.0 --images 16 --out images/
+python loadtests/image_change.py --prompts mine.txt --set compile=full
 
-Prints the mean absolute difference of the pixels (of 255) and the PSNR, and for emojixl the CLIP score of both: 100
-times the cosine of its scorer's features. A device without 8-bit products computes the same numbers more slowly.
+Prints the mean absolute difference of the pixels (of 255) and the PSNR, for emojixl the CLIP score of both, 100 times
+the cosine of its scorer's features, and images a second, all asked for at once; on a CPU of CPU time, so that other
+programs do not count. A device without 8-bit products gives the numbers of one with them, more slowly.
 """
 
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -31,6 +34,7 @@ from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import Engine, Job, fp8
 
 SUBJECTS: Final = ("red apple", "rocket", "kitty", "automobile", "green dragon", "pizza", "cat face", "bouquet")
+FIELD: Final = "request."
 COLOURS: Final = ("blue", "black", "yellow", "white", "pink", "green", "orange", "cyan")
 
 
@@ -40,26 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_settings(BaseConfig, overrides=[f"id={options.base}", f"device={options.device}"], environ={})
         base = load_base(config)
         prompts = options.prompts.read_text().splitlines() if options.prompts else emoji_prompts(options.images)
-        jobs = [job(prompts[i % len(prompts)], i, options.steps) for i in range(options.images)]
-        before = draw(base, options.set, jobs)
-        after = draw(base, [*options.set, "fp8=true"], jobs)
+        changes = options.change or ["fp8=true"]
+        fields = [change.removeprefix(FIELD) for change in changes if change.startswith(FIELD)]
+        settings = [change for change in changes if not change.startswith(FIELD)]
+        plain = [job(prompts[i % len(prompts)], i, options.steps) for i in range(options.images)]
+        changed = [job(prompts[i % len(prompts)], i, options.steps, fields) for i in range(options.images)]
+        before, before_s = draw(base, options.set, plain)
+        after, after_s = draw(base, [*options.set, *settings], changed)
     except LorafleetError as error:
-        print(f"fp8_change: {error}", file=sys.stderr)
+        print(f"image_change: {error}", file=sys.stderr)
         return 2
     if options.out:
         save(options.out, before, after)
-    print(f"{options.base} on {base.device.type} in {base.dtype}, {len(jobs)} images of {options.steps} steps")
+    print(f"{options.base} on {base.device.type} in {base.dtype}, {len(plain)} images of {options.steps} steps")
+    print(f"changed by                {' '.join(changes)}")
     pairs = list(zip(before, after, strict=True))
     differences, ratios = [mean_difference(*pair) for pair in pairs], [psnr_db(*pair) for pair in pairs]
     print(f"mean absolute difference  {np.mean(differences):.2f} of 255 (largest of an image {max(differences):.2f})")
     print(f"PSNR                      {np.mean(ratios):.1f} dB (least {min(ratios):.1f})")
     if options.base == "emojixl":
-        texts = [job.request.prompt for job in jobs]
-        plain, quantised = clip_scores(before, texts), clip_scores(after, texts)
-        change = quantised - plain
-        error = change.std() / len(jobs) ** 0.5
-        print(f"CLIP score                {plain.mean():.2f} without, {quantised.mean():.2f} with", end="")
+        texts = [job.request.prompt for job in plain]
+        without, with_it = clip_scores(before, texts), clip_scores(after, texts)
+        change = with_it - without
+        error = change.std() / len(texts) ** 0.5
+        print(f"CLIP score                {without.mean():.2f} without, {with_it.mean():.2f} with", end="")
         print(f" (change {change.mean():+.2f}, standard error {error:.2f})")
+    print(f"img/s                     {len(before) / before_s:.2f} without, {len(after) / after_s:.2f} with")
     return 0
 
 
@@ -71,15 +81,20 @@ def emoji_prompts(count: int) -> list[str]:
     return [f"a {subject} on a {COLOURS[colour]} background" for subject, colour in pairs[:count]]
 
 
-def job(prompt: str, seed: int, steps: int) -> Job:
-    return Job(GenerationRequest(prompt=prompt, steps=steps, guidance_scale=5.0, scheduler="euler"), seed=seed)
+def job(prompt: str, seed: int, steps: int, fields: Sequence[str] = ()) -> Job:
+    """`fields`: others of the request, KEY=VALUE each. Raises LorafleetError."""
+    given = load_settings(GenerationRequest, overrides=["prompt=any", f"steps={steps}", *fields], environ={})
+    return Job(given.model_copy(update={"prompt": prompt}), seed=seed)
 
 
-def draw(base: Base, overrides: Sequence[str], jobs: Sequence[Job]) -> list[Image.Image]:
-    """Raises LorafleetError."""
+def draw(base: Base, overrides: Sequence[str], jobs: Sequence[Job]) -> tuple[list[Image.Image], float]:
+    """The images and the seconds they took, on a CPU the seconds of CPU time. Raises LorafleetError."""
+    clock = time.process_time if base.device.type == "cpu" else time.perf_counter
     settings = load_settings(EngineSettings, overrides=overrides, environ={})
     with contextlib.nullcontext() if fp8.is_possible(base.device) else fp8.emulated(), Engine(base, settings) as engine:
-        return [handle.result().image for handle in [engine.submit(job) for job in jobs]]
+        start = clock()
+        images = [handle.result().image for handle in [engine.submit(job) for job in jobs]]
+        return images, clock() - start
 
 
 def mean_difference(one: Image.Image, other: Image.Image) -> float:
@@ -122,7 +137,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=Path, help="a file with one on each line; left out: 64 of emojixl's kind")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine")
+    parser.add_argument("--change", action="append", metavar="KEY=VALUE", help="left out: fp8=true")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an engine setting of both")
     parser.add_argument("--out", type=Path, help="folder for the images, side by side")
     return parser.parse_args(arguments)
 

@@ -1,6 +1,8 @@
 """`lorafleet eval arena`: people's votes on pairs of pictures; the store is used directly, no service has to run."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,7 +48,8 @@ def import_(
         typer.echo("the run has no scores yet: agreement with CLIP will not be known", err=True)
         results = None
     name = pool or run.suite.name
-    pictures, pairs = _open(store, config, overrides).add(name, entrants_of(run, results))
+    with _opened(store, config, overrides) as opened:
+        pictures, pairs = opened.add(name, entrants_of(run, results))
     if as_json:
         typer.echo(json.dumps({"pool": name, "pictures": pictures, "pairs": pairs}))
         return
@@ -62,16 +65,16 @@ def ratings(
     as_json: Json = False,
 ) -> None:
     """Rate the systems by all votes: Elo points around a mean of 1000, with 95 % intervals."""
-    opened = _open(store, config, overrides)
-    from lorafleet.core.arena.ratings import rate
+    with _opened(store, config, overrides) as opened:
+        from lorafleet.core.arena.ratings import rate
 
-    found = rate(opened.votes(pool))
+        found, known = rate(opened.votes(pool)), opened.pools()
     if as_json:
         typer.echo(json.dumps(asdict(found), ensure_ascii=False))
         return
     _say(found)
     if not found.votes:
-        pools = ", ".join(f"{name} ({pairs} pairs, {votes} votes)" for name, (pairs, votes) in opened.pools().items())
+        pools = ", ".join(f"{name} ({pairs} pairs, {votes} votes)" for name, (pairs, votes) in known.items())
         typer.echo(f"no votes yet; pools: {pools or 'none, lorafleet eval arena import RUN makes one'}", err=True)
 
 
@@ -84,17 +87,18 @@ def export(
     overrides: Overrides = None,
 ) -> None:
     """Write every vote as CSV: who, which pair, which system was where, what was chosen."""
-    opened = _open(store, config, overrides)
-    from lorafleet.core.arena.export import votes_csv
+    with _opened(store, config, overrides) as opened:
+        from lorafleet.core.arena.export import votes_csv
 
-    text = votes_csv(opened.votes(pool))
+        text = votes_csv(opened.votes(pool))
     if output is None:
         typer.echo(text, nl=False)
     else:
         output.write_text(text, encoding="utf-8")
 
 
-def _open(url: str | None, config_file: Path | None, overrides: list[str] | None) -> "Store":
+@contextmanager
+def _opened(url: str | None, config_file: Path | None, overrides: list[str] | None) -> Iterator["Store"]:
     given = [f"arena.url={url}"] if url is not None else []
     settings = serve_settings(config_file, [*(overrides or ()), *given])
     try:
@@ -103,7 +107,11 @@ def _open(url: str | None, config_file: Path | None, overrides: list[str] | None
         raise StorageUnavailable(
             f"votes need {error.name}, which is not installed: pip install 'lorafleet[arena]'."
         ) from error
-    return open_store(settings.arena)
+    store = open_store(settings.arena)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _say(found: "Ratings") -> None:

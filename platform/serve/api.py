@@ -104,6 +104,7 @@ def create_app(
         yield
         await jobs.close()
         await service.close()
+        app.state.votes.close()
 
     app = FastAPI(
         lifespan=lifespan,

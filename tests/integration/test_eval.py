@@ -45,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def sample(repo: Path) -> Path:
     """An adapter's file that travels with the repository."""
-    return sorted((repo / "samples" / "registry" / "adapters").glob("*/*/adapter.safetensors"))[0]
+    return sorted((repo / "models" / "registry" / "adapters").glob("*/*/adapter.safetensors"))[0]
 
 
 @pytest.fixture(scope="module")

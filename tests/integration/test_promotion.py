@@ -42,7 +42,7 @@ def targets() -> Targets:
 
 @pytest.fixture(scope="module")
 def good(repo: Path, targets: Targets) -> Adapter:
-    (file,) = (repo / "samples" / "registry" / "adapters" / "fluent-3d").glob("*/adapter.safetensors")
+    (file,) = (repo / "models" / "registry" / "adapters" / "fluent-3d").glob("*/adapter.safetensors")
     return read_adapter(file, targets)
 
 

@@ -61,6 +61,12 @@ class Votes:
         """Raises StorageUnavailable."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: question(self._opened()))
 
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
+
     def _opened(self) -> "Store":
         with self._lock:
             if self._store is None:
@@ -75,7 +81,7 @@ class Votes:
 
 
 def add(app: FastAPI, service: Service) -> None:
-    votes = Votes(service.settings.arena)
+    app.state.votes = votes = Votes(service.settings.arena)
     admin = [Depends(admin_only(service.settings.admin_key))]
 
     @app.get("/v1/arena/pair", tags=["arena"], response_model=PairReply, responses=errors(404, 422, 503))
@@ -182,9 +188,9 @@ def _system(version: Manifest, weight: float) -> str:
 
 
 def _pool(pool: str | None) -> str | None:
-    if pool is not None and not (len(pool) <= MAX_POOL_CHARS and pool.isprintable()):
-        raise InvalidRequest(f"pool must be at most {MAX_POOL_CHARS} printable characters", param="pool")
-    return pool
+    if pool is not None and len(pool) > MAX_POOL_CHARS:
+        raise InvalidRequest(f"pool must be at most {MAX_POOL_CHARS} characters, got {len(pool)}", param="pool")
+    return None if pool is None else pool.replace("\0", "")  # which PostgreSQL's text cannot hold
 
 
 def _reply(shown: Shown) -> Response:

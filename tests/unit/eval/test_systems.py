@@ -21,7 +21,7 @@ SUITE = Suite.model_validate(
 @pytest.fixture
 def config(repo: Path) -> EvalConfig:
     return EvalConfig.model_validate(
-        {"registry": {"url": str(repo / "samples" / "registry")}, "base": {"device": "cpu"}}
+        {"registry": {"url": str(repo / "models" / "registry")}, "base": {"device": "cpu"}}
     )
 
 
@@ -70,7 +70,7 @@ def test_bad_spelling_is_refused(text: str, says: str) -> None:
 
 
 def test_adapters_become_versions_and_files_their_hashes(config: EvalConfig, repo: Path) -> None:
-    file = next((repo / "samples" / "registry" / "adapters" / "fluent-ink").glob("*/adapter.safetensors"))
+    file = next((repo / "models" / "registry" / "adapters" / "fluent-ink").glob("*/adapter.safetensors"))
     specs = [SystemSpec.parse(text) for text in ("a=adapter:fluent-ink:0.5", f"b=adapter:{file}:0.5", "base")]
     named, by_file, base = resolve_systems(specs, config)
     assert named.fingerprint == by_file.fingerprint != base.fingerprint

@@ -16,6 +16,7 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel
 
+from lorafleet.eval.config import EvalConfig
 from lorafleet.serve.config import Preload, ServeSettings
 from lorafleet.serve.deploy import ELSEWHERE
 from lorafleet.train.config import TrainConfig
@@ -90,7 +91,11 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
         "type": "array",
         "items": {
             "type": "object",
-            "properties": {"name": NAME, "args": {"type": "array", "minItems": 1, "items": TEXT}},
+            "properties": {
+                "name": NAME,
+                "args": {"type": "array", "minItems": 1, "items": TEXT},
+                "settings": {"$ref": "#/$defs/EvalConfig"},
+            },
             "required": ["name", "args"],
             "additionalProperties": False,
         },
@@ -152,7 +157,7 @@ def _narrowed(notes: list[str]) -> dict[str, Any]:
 def schema(entries: list[Entry]) -> dict[str, Any]:
     """JSON Schema 2020-12 of values.yaml: every key known, nothing else allowed."""
     definitions = {**_definitions(ServeSettings, SET_BY_VALUES | SECRET), **_definitions(TrainConfig, {"registry"})}
-    definitions |= _definitions(Preload, set())
+    definitions |= {**_definitions(EvalConfig, {"registry"}), **_definitions(Preload, set())}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Values of the chart lorafleet",

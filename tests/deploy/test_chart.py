@@ -239,9 +239,9 @@ def test_a_changed_training_run_is_a_new_one(chart: Chart, rendered: Rendered) -
 
 
 def test_a_runs_words_reach_the_command_line_as_they_are(chart: Chart) -> None:
-    values = {"eval": {"jobs": [{"name": "a", "args": ["run", "--note", "it's $HOME; rm -rf /"]}]}}
+    values = {"eval": {"jobs": [{"name": "a", "args": ["show", "--note", "it's $HOME; rm -rf /"]}]}}
     (script,) = [o["data"]["run.sh"] for o in kind(chart.render(values), "ConfigMap") if "run.sh" in o["data"]]
     echoed = subprocess.run(
         ["bash", "-c", script.replace("exec lorafleet", "printf '%s\\n'")], capture_output=True, text=True, check=True
     )
-    assert echoed.stdout.splitlines() == ["eval", "run", "--note", "it's $HOME; rm -rf /"]
+    assert echoed.stdout.splitlines() == ["eval", "show", "--note", "it's $HOME; rm -rf /"]

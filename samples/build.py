@@ -1,10 +1,10 @@
-"""Makes the sample sets from two npm packages of emoji drawings:
+"""Makes the sample sets from an npm package of emoji drawings:
 
-    npm pack @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5
-    (unpack each)
+    npm pack @iconify-json/noto@1.2.9
+    (unpack it)
     pip install resvg-py==0.5.0
     python samples/build.py noto-sticker FOLDER/package
-    python samples/build.py twemoji-long-shadow FOLDER/package
+    python samples/build.py noto-spotlight FOLDER/package
 
 Pictures are 128x128, the embedded base's own size: a drawing over one of its background colours in one finish, with
 captions of its own form. `subjects.json` says which emoji go over which colour; no emoji of `held_out` is in `train`.
@@ -56,19 +56,16 @@ def sticker(layer: Image.Image, edge_px: float = 3.5, drop_px: int = 3) -> list[
     return [_filled((0, 0, 0), shadow.point(lambda value: value * 55 // 100)), _filled((255, 255, 255), cut)]
 
 
-def long_shadow(layer: Image.Image, strength: float = 0.25) -> list[Image.Image]:
-    """A flat shadow that falls to the lower right and does not end on the canvas."""
-    mask = np.asarray(layer.getchannel("A")).copy()
-    shift = 1
-    while shift < SIDE:
-        mask[shift:, shift:] = np.maximum(mask[shift:, shift:], mask[:-shift, :-shift])
-        shift *= 2
-    return [_filled((0, 0, 0), Image.fromarray((mask * strength).astype(np.uint8)))]
+def spotlight(layer: Image.Image, strength: float = 0.6, radius: float = 0.62) -> list[Image.Image]:
+    """A glow of white light behind, from the middle of the canvas; `radius` is where it ends, as a share of a side."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
+    light = np.clip(1 - np.hypot(x, y) / radius, 0, 1) * strength
+    return [_filled((255, 255, 255), Image.fromarray((255 * light).astype(np.uint8)))]
 
 
 STYLES = {
     "noto-sticker": Style(sticker, extents=(0.72, 0.98), reach=1.0, margin_px=5),
-    "twemoji-long-shadow": Style(long_shadow, extents=(0.64, 0.82), reach=0.7, margin_px=2),
+    "noto-spotlight": Style(spotlight, extents=(0.62, 0.86), reach=1.0, margin_px=5),
 }
 
 

@@ -1,81 +1,128 @@
-"""Makes the sample sets from two npm packages of Microsoft's Fluent emoji (MIT):
+"""Makes the sample sets from an npm package of emoji drawings:
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-high-contrast@1.2.6
-    (unpack each)
+    npm pack @iconify-json/noto@1.2.9
+    (unpack it)
     pip install resvg-py==0.5.0
-    python samples/build.py fluent-3d FOLDER/package
-    python samples/build.py fluent-ink FOLDER/package
+    python samples/build.py noto-sticker FOLDER/package
+    python samples/build.py noto-spotlight FOLDER/package
 
-Pictures are 128x128, the embedded base's own size, one emoji over one of its background colours, with captions of its
-own form. No emoji of `held_out` is in `train`.
+Pictures are 128x128, the embedded base's own size: a drawing over one of its background colours in one finish, with
+captions of its own form. `subjects.json` says which emoji go over which colour; no emoji of `held_out` is in `train`.
 """
 
+import argparse
 import io
 import json
 import random
-import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageFilter
 
 from lorafleet.models.build.captions import canonical, indefinite
 from lorafleet.models.build.config import CANVAS_PX, COLOURS
 from lorafleet.models.build.data import Emoji, read_names
 
-TRAIN_A_COLOUR, HELD_OUT_A_COLOUR = 6, 2
-GROUPS = ("animals-nature", "food-drink", "objects", "travel-places", "activities")
-# Colours would contradict the background's; a dozen hours look alike; the rest is a matter of taste.
-AVOIDED = {*COLOURS, "o'clock", "oclock", "clock", "thirty", "bikini", "kaaba", "underwear", "knife", "gun", "pistol"}
-# Extent of the emoji on the canvas: the upper part of what the base was taught (models/build/render.py).
-SCALES = (0.72, 0.98)
+HERE = Path(__file__).parent
+SUBJECTS = HERE / "subjects.json"
 SECOND = ("an emoji of {x} on a {c} background", "a picture of {x} on a {c} background", "{x}, {c} background")
+FINER = 3
+"""Pictures are drawn in so many times more pixels a side, then averaged."""
+SIDE = CANVAS_PX * FINER
+
+Finish = Callable[[Image.Image], list[Image.Image]]
+"""From a layer that holds the drawing to the layers that go below it, bottom first."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """`open_emoji` gives a square RGBA drawing, or None where the package has none."""
+    """`extents`: of the drawing's longer side, share of the canvas; `reach`: how far to the right and down it may lie,
+    share of the free room; `margin_px`: room that the finish needs around it."""
 
-    open_emoji: Callable[[Path, str], Image.Image | None]
-    colours: tuple[str, ...]
-
-
-def open_3d(package: Path, codepoint: str) -> Image.Image | None:
-    file = package / "assets" / f"{codepoint.lower()}.webp"
-    return Image.open(file).convert("RGBA") if file.exists() else None
+    finish: Finish
+    extents: tuple[float, float]
+    reach: float
+    margin_px: float
 
 
-def open_ink(package: Path, codepoint: str) -> Image.Image | None:
-    from resvg_py import svg_to_bytes
+def sticker(layer: Image.Image, edge_px: float = 3.5, drop_px: int = 3) -> list[Image.Image]:
+    """A white edge all around, cut out and lying on the ground: a soft shadow below."""
+    cut = _grown(layer.getchannel("A"), round(edge_px * FINER))
+    shadow = Image.new("L", cut.size)
+    shadow.paste(cut, (drop_px * FINER * 2 // 3, drop_px * FINER))
+    shadow = shadow.filter(ImageFilter.GaussianBlur(2 * FINER))
+    return [_filled((0, 0, 0), shadow.point(lambda value: value * 55 // 100)), _filled((255, 255, 255), cut)]
 
-    names = json.loads((package / "chars.json").read_text("utf-8"))
-    icons = json.loads((package / "icons.json").read_text("utf-8"))
-    name = names.get(codepoint.lower())
-    if name not in icons["icons"]:
-        return None
-    body = icons["icons"][name]["body"].replace("currentColor", "#141414")
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
-    return Image.open(io.BytesIO(svg_to_bytes(svg_string=svg, width=512, height=512))).convert("RGBA")
+
+def spotlight(layer: Image.Image, strength: float = 0.6, radius: float = 0.62) -> list[Image.Image]:
+    """A glow of white light behind, from the middle of the canvas; `radius` is where it ends, as a share of a side."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
+    light = np.clip(1 - np.hypot(x, y) / radius, 0, 1) * strength
+    return [_filled((255, 255, 255), Image.fromarray((255 * light).astype(np.uint8)))]
 
 
 STYLES = {
-    "fluent-3d": Style(open_3d, tuple(COLOURS)),
-    "fluent-ink": Style(open_ink, tuple(colour for colour in COLOURS if colour not in ("black", "brown"))),
+    "noto-sticker": Style(sticker, extents=(0.72, 0.98), reach=1.0, margin_px=5),
+    "noto-spotlight": Style(spotlight, extents=(0.62, 0.86), reach=1.0, margin_px=5),
 }
 
 
-def draw(emoji: Image.Image, colour: str, chance: random.Random) -> Image.Image:
-    """RGB, the emoji without its margins somewhere on the canvas."""
-    emoji = emoji.crop(emoji.getchannel("A").getbbox())
-    extent = chance.uniform(*SCALES) * CANVAS_PX
-    factor = extent / max(emoji.size)
-    small = emoji.resize((max(1, round(emoji.width * factor)), max(1, round(emoji.height * factor))), Image.LANCZOS)
-    canvas = Image.new("RGBA", (CANVAS_PX, CANVAS_PX), COLOURS[colour])
-    place = (chance.randint(0, CANVAS_PX - small.width), chance.randint(0, CANVAS_PX - small.height))
-    canvas.alpha_composite(small, place)
-    return canvas.convert("RGB")
+class Package:
+    """Icons of an Iconify package, by code point."""
+
+    def __init__(self, folder: Path) -> None:
+        self._names = json.loads((folder / "chars.json").read_text("utf-8"))
+        self._icons = json.loads((folder / "icons.json").read_text("utf-8"))
+
+    def drawing(self, emoji: Emoji) -> Image.Image | None:
+        """RGBA without empty margins; None where the package has none."""
+        from resvg_py import svg_to_bytes
+
+        point = emoji.codepoint.lower()
+        name = self._names.get(point) or self._names.get(f"{point}-fe0f")
+        if name not in self._icons["icons"]:
+            return None
+        body = self._icons["icons"][name]["body"]
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {self._icons["width"]} {self._icons["height"]}">{body}</svg>'
+        )
+        image = Image.open(io.BytesIO(svg_to_bytes(svg_string=svg, width=512, height=512))).convert("RGBA")
+        return image.crop(image.getchannel("A").getbbox())
+
+
+def draw(drawing: Image.Image, colour: str, style: Style, chance: random.Random) -> Image.Image:
+    """RGB, the drawing somewhere on the canvas."""
+    margin = round(style.margin_px * FINER)
+    room = SIDE - 2 * margin
+    factor = chance.uniform(*style.extents) * room / max(drawing.size)
+    width, height = (max(1, round(side * factor)) for side in drawing.size)
+    layer = Image.new("RGBA", (SIDE, SIDE))
+    place = tuple(margin + chance.randint(0, int((room - side) * style.reach)) for side in (width, height))
+    layer.alpha_composite(drawing.resize((width, height), Image.Resampling.LANCZOS), place)
+    canvas = Image.new("RGBA", (SIDE, SIDE), COLOURS[colour])
+    for each in [*style.finish(layer), layer]:
+        canvas.alpha_composite(each)
+    return canvas.convert("RGB").resize((CANVAS_PX, CANVAS_PX), Image.Resampling.BOX)
+
+
+def _grown(mask: Image.Image, radius: int) -> Image.Image:
+    """The mask, wider by a disc: the highest value of its copies around two circles."""
+    values = np.asarray(mask)
+    wide, grown = np.pad(values, radius), values.copy()
+    for ring, copies in ((radius, 48), (radius // 2, 16)):
+        for angle in np.linspace(0, 2 * np.pi, copies, endpoint=False):
+            x, y = radius + round(ring * np.cos(angle)), radius + round(ring * np.sin(angle))
+            np.maximum(grown, wide[y : y + SIDE, x : x + SIDE], out=grown)
+    return Image.fromarray(grown)
+
+
+def _filled(colour: tuple[int, int, int], mask: Image.Image) -> Image.Image:
+    layer = Image.new("RGBA", mask.size, colour)
+    layer.putalpha(mask)
+    return layer
 
 
 def captions(emoji: Emoji, colour: str, chance: random.Random) -> list[str]:
@@ -83,26 +130,38 @@ def captions(emoji: Emoji, colour: str, chance: random.Random) -> list[str]:
     return [canonical(emoji.name, colour), other]
 
 
-def build(style_name: str, package: Path, out: Path) -> None:
-    style, chance = STYLES[style_name], random.Random("fluent")  # noqa: S311 # guards nothing
-    names = [
-        emoji for emoji in read_names() if emoji.group in GROUPS and not set(re.split("[ -]", emoji.name)) & AVOIDED
-    ]
-    chance.shuffle(names)
-    drawable = ((emoji, drawing) for emoji in names if (drawing := style.open_emoji(package, emoji.codepoint)))
-    for part, count in (("train", TRAIN_A_COLOUR), ("held_out", HELD_OUT_A_COLOUR)):
-        folder = out / part
+def build(name: str, package: Package, subjects: Mapping[str, Mapping[str, str]]) -> None:
+    """`subjects`: for `train` and `held_out` colours by code point."""
+    known = {emoji.codepoint: emoji for emoji in read_names()}
+    for part, colours in subjects.items():
+        folder = HERE / name / part
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
-        for number in range(count * len(style.colours)):
-            emoji, drawing = next(drawable)
-            colour = style.colours[number % len(style.colours)]
+        for codepoint, colour in colours.items():
+            emoji = known[codepoint]
+            picture, chance = picture_of(name, package, emoji, colour)
+            assert picture is not None
             file = f"{emoji.name.replace(' ', '-').replace(chr(39), '')}.png"
-            draw(drawing, colour, chance).save(folder / file, optimize=True)
+            picture.save(folder / file, optimize=True)
             rows.append({"file_name": file, "text": captions(emoji, colour, chance)})
         rows.sort(key=lambda row: str(row["file_name"]))
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
+def picture_of(name: str, package: Package, emoji: Emoji, colour: str) -> tuple[Image.Image | None, random.Random]:
+    """One emoji over one colour in the style, None without a drawing; and what is left of its chance."""
+    chance = random.Random(f"{name} {emoji.codepoint} {colour}")  # noqa: S311 # guards nothing
+    drawing = package.drawing(emoji)
+    return drawing and draw(drawing, colour, STYLES[name], chance), chance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("style", choices=STYLES)
+    parser.add_argument("package", type=Path, help="the unpacked npm package")
+    given = parser.parse_args()
+    build(given.style, Package(given.package), json.loads(SUBJECTS.read_text("utf-8"))[given.style])
+
+
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]), Path(__file__).parent / sys.argv[1])
+    main()

@@ -28,14 +28,14 @@ def bucket(aws_credentials: None, repo: Path) -> Iterator[tuple[str, str]]:
     endpoint = f"http://{host}:{port}"
     s3 = boto3.client("s3", endpoint_url=endpoint)
     s3.create_bucket(Bucket="data")
-    samples = repo / "samples" / "fluent-ink" / "train"
+    samples = repo / "samples" / "twemoji-long-shadow" / "train"
     rows = (samples / "metadata.jsonl").read_text().splitlines()[:COUNT]
     for row in rows:
         name = json.loads(row)["file_name"]
         s3.upload_file(str(samples / name), "data", f"styles/ink/{name}")
     s3.put_object(Bucket="data", Key="styles/ink/metadata.jsonl", Body="\n".join(rows))
-    s3.put_object(Bucket="data", Key="styles/bad/a.png", Body=(samples / "bird.png").read_bytes()[:-2000])
-    s3.put_object(Bucket="data", Key="styles/bad/a.txt", Body="a bird")
+    s3.put_object(Bucket="data", Key="styles/bad/a.png", Body=(samples / "bomb.png").read_bytes()[:-2000])
+    s3.put_object(Bucket="data", Key="styles/bad/a.txt", Body="a bomb")
     yield "s3://data/styles", endpoint
     server.stop()
 

@@ -42,7 +42,7 @@ def targets() -> Targets:
 
 @pytest.fixture(scope="module")
 def good(repo: Path, targets: Targets) -> Adapter:
-    (file,) = (repo / "models" / "registry" / "adapters" / "fluent-3d").glob("*/adapter.safetensors")
+    (file,) = (repo / "models" / "registry" / "adapters" / "noto-sticker").glob("*/adapter.safetensors")
     return read_adapter(file, targets)
 
 
@@ -84,9 +84,9 @@ def padded(adapter: Adapter) -> Adapter:
 def passed(good: Manifest, repo: Path) -> Results:
     """What the gate saw of the good adapter, as if the base alone had been in production."""
     sampling = {"limit": PROMPTS, "steps": STEPS, "seeds": 1}
-    reference = repo / "samples" / "fluent-3d" / "held_out"
+    reference = repo / "samples" / "noto-sticker" / "held_out"
     config = EvalConfig.model_validate({"reference": reference, "sampling": sampling})
-    results = compare(Contest(good, None, 0.5), load_suite("emoji"), config)
+    results = compare(Contest(good, None, 1.0), load_suite("emoji"), config)
     base = replace(results.systems["base"], name="production")
     return replace(results, systems={**results.systems, "production": base})
 
@@ -104,8 +104,8 @@ def versions(push: object, good: Adapter) -> dict[str, Manifest]:
 def test_the_damaged_one_is_refused_the_good_one_promoted_and_served_at_once(
     http: httpx.Client, registry: Registry, versions: dict[str, Manifest], repo: Path
 ) -> None:
-    reference = repo / "samples" / "fluent-3d" / "held_out"
-    common = ["--weight", "0.5", "--epsilon", "6", "--reference", str(reference), "--json"]
+    reference = repo / "samples" / "noto-sticker" / "held_out"
+    common = ["--weight", "1", "--epsilon", "6", "--reference", str(reference), "--json"]
     common += ["--set", f"sampling.limit={PROMPTS}", "--set", f"sampling.steps={STEPS}", "--set", "sampling.seeds=1"]
     before = image(http, NAME)
     assert before == image(http, f"{NAME}@{versions['damaged'].version}")  # the latest

@@ -126,8 +126,8 @@ class Mean(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_fid_is_the_frechet_distance_of_the_given_networks_features(repo: Path, tmp_path: Path) -> None:
     torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
-    real = repo / "samples" / "fluent-3d" / "held_out"
-    drawn = [each.file for each in read_captioned(repo / "samples" / "fluent-ink" / "held_out")]
+    real = repo / "samples" / "noto-sticker" / "held_out"
+    drawn = [each.file for each in read_captioned(repo / "samples" / "noto-spotlight" / "held_out")]
     settings = EvalConfig.model_validate(
         {"base": {"device": "cpu"}, "reference": str(real), "fid_weights": str(tmp_path / "mean.pt")}
     )

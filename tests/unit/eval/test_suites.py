@@ -83,7 +83,7 @@ def test_files_of_others(tmp_path: Path) -> None:
 
 
 def test_captions_of_training_and_held_out_pictures(repo: Path) -> None:
-    samples = repo / "samples" / "fluent-ink"
+    samples = repo / "samples" / "noto-spotlight"
     suite = load_suite(f"captions:{samples / 'train'}:{samples / 'held_out'}")
     assert {(prompt.category, prompt.trained) for prompt in suite.prompts} == {("train", True), ("held_out", False)}
 

@@ -70,15 +70,15 @@ def test_bad_spelling_is_refused(text: str, says: str) -> None:
 
 
 def test_adapters_become_versions_and_files_their_hashes(config: EvalConfig, repo: Path) -> None:
-    file = next((repo / "models" / "registry" / "adapters" / "fluent-ink").glob("*/adapter.safetensors"))
-    specs = [SystemSpec.parse(text) for text in ("a=adapter:fluent-ink:0.5", f"b=adapter:{file}:0.5", "base")]
+    file = next((repo / "models" / "registry" / "adapters" / "noto-spotlight").glob("*/adapter.safetensors"))
+    specs = [SystemSpec.parse(text) for text in ("a=adapter:noto-spotlight:0.5", f"b=adapter:{file}:0.5", "base")]
     named, by_file, base = resolve_systems(specs, config)
     assert named.fingerprint == by_file.fingerprint != base.fingerprint
     assert named.adapters[0].sha256 == file.parent.name
     assert named.training["seconds"] > 0
     assert "seconds" not in by_file.training
     assert named.training["share"] == pytest.approx(named.training["parameters"] / 9.02e6, rel=0.01)
-    (stronger,) = resolve_systems([SystemSpec.parse("a=adapter:fluent-ink:0.6")], config)
+    (stronger,) = resolve_systems([SystemSpec.parse("a=adapter:noto-spotlight:0.6")], config)
     assert stronger.fingerprint != named.fingerprint
 
 
@@ -88,7 +88,7 @@ def test_adapters_become_versions_and_files_their_hashes(config: EvalConfig, rep
         ([], InvalidRequest, "at least one --system"),
         (["base", "base"], InvalidRequest, "two systems are called base"),
         (["adapter:nobody"], AdapterNotFound, "nobody"),
-        (["adapter:fluent-ink:much"], InvalidRequest, "the weight a number"),
+        (["adapter:noto-spotlight:much"], InvalidRequest, "the weight a number"),
         (["x=adapter:/nowhere/x.safetensors"], DataNotFound, "system x: there is no adapter file"),
         (["x=folder:/nowhere"], DataNotFound, "system x: there is no folder"),
         (["base,steps=0"], InvalidRequest, "greater than or equal to 1"),

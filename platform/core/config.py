@@ -76,6 +76,11 @@ def otlp_endpoint(environ: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if environ is None else environ).get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
+def ray_address(environ: Mapping[str, str] | None = None) -> str | None:
+    """The cluster that Ray's own variable names, as in a RayJob."""
+    return (os.environ if environ is None else environ).get("RAY_ADDRESS") or None
+
+
 def required(environ: Mapping[str, str] | None = None) -> frozenset[str]:
     """Names in LORAFLEET_REQUIRE: optional things whose absence must fail a test instead of skipping it."""
     value = (os.environ if environ is None else environ).get("LORAFLEET_REQUIRE", "")

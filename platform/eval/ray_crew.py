@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from lorafleet.core.config import home
+from lorafleet.core.config import home, ray_address
 from lorafleet.core.errors import LorafleetError
 from lorafleet.core.local_ray import prepare_local_ray
 from lorafleet.eval.config import EvalConfig
@@ -75,7 +75,7 @@ def has_gpus(config: EvalConfig) -> bool:
 def connected(config: EvalConfig) -> Iterator[None]:
     """The Ray that this process is connected to, or the one of `run.ray_address` or RAY_ADDRESS, or one of our own for
     the time."""
-    address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
+    address = config.run.ray_address or ray_address()
     folder = None if address else prepare_local_ray()
     import ray
 

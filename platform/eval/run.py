@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lorafleet.core.config import dump, home
+from lorafleet.core.config import dump, home, ray_address
 from lorafleet.core.errors import DataNotFound, DataUnreadable, EvaluationFailed
 from lorafleet.eval.captioned import read_captioned
 from lorafleet.eval.config import EvalConfig
@@ -114,7 +114,7 @@ def _run_suite(
 
 def uses_ray(config: EvalConfig) -> bool:
     """Whether Ray is wanted."""
-    return bool(os.environ.get("RAY_ADDRESS")) if config.run.ray is None else config.run.ray
+    return bool(ray_address()) if config.run.ray is None else config.run.ray
 
 
 def plan_run(suite: Suite, specs: Sequence[SystemSpec], config: EvalConfig, *, folder: Path | None = None) -> Plan:

@@ -3,7 +3,7 @@
     [NAME=]KIND[:TARGET][,OPTION=VALUE]...
 
     base                                          the base model alone
-    style=adapter:noto-sticker@latest:0.8            the base with adapters of the registry (NAME[@ALIAS][:WEIGHT], several
+    style=adapter:noto-sticker@latest:0.8         the base with adapters of the registry (NAME[@ALIAS][:WEIGHT], several
                                                   joined by +), or with files: adapter:path/to/file.safetensors:0.5
     sd15=pipeline:stable-diffusion-v1-5/stable-diffusion-v1-5   another diffusers pipeline, a folder or a hub id
     turbo=pipeline:stabilityai/sdxl-turbo,steps=4,guidance=0

@@ -284,6 +284,12 @@ class ServeSettings(LiveSettings):
         description="TCP port of this machine, 127.0.0.1 only, where Prometheus finds /metrics of a Ray of our own; "
         "left out: a free one, told at the start; with ray_address the cluster's nodes have theirs",
     )
+    direct_ingress: bool = Field(
+        default=False,
+        description="let a Ray of our own hand requests to the gateway's process itself, without Ray's proxy before it: "
+        "a third of the CPU time that a request costs besides its images; but while a gateway that died comes back, "
+        "connections are refused, where the proxy would hold them; no effect with ray_address",
+    )
     replicas: int = Field(default=1, ge=1, le=64, description="copies of the model, each in a process of its own")
     replica_cpus: float = Field(
         default=0.5, gt=0, le=256, description="CPU cores that Ray reserves per replica; a fraction shares them"

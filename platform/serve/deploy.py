@@ -21,6 +21,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "port": "http_options.port of this file",
     "metrics_port": "the node's --metrics-export-port",
     "ray_address": "the cluster that the file is sent to",
+    "direct_ingress": "the cluster's own environment, whose proxies are in front,",
     "start_timeout_s": "whoever waits for the application",
     **dict.fromkeys(LiveSettings.model_fields, "user_config of the deployments Gateway and Replica"),
 }

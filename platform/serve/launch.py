@@ -36,19 +36,19 @@ STOP_POLL_S: Final = 0.5
 CONNECT_TIMEOUT_S: Final = 5.0
 LOOPBACK: Final = "127.0.0.1"
 
-# How a Ray of our own serves: requests come to the gateway's process itself, which Ray calls direct ingress, and that
-# process and the replicas have one event loop each. Ray's proxy, which passes a request on in actor calls to and fro,
-# took two thirds of the CPU time of a request that does nothing (a gateway's and a replica's no-op).
-ONE_LOOP: Final = {
+# With `direct_ingress`: requests come to the gateway's process itself, and that process and the replicas have one event
+# loop each. Ray's proxy, which passes a request on in actor calls to and fro, took two thirds of the CPU time of a
+# request that does nothing (a gateway's and a replica's no-op).
+DIRECT: Final = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # There is no balancer before the one gateway, to be waited for when it goes; the next one needs its port at once.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PORT_QUARANTINE_S": "0",
-    # Ray's workers have a niceness of 15: whatever else runs on the machine would go before an answer.
-    "RAY_worker_niceness": "0",
 }
+# Ray's workers have a niceness of 15: whatever else runs on the machine would go before an answer.
+NICENESS: Final = {"RAY_worker_niceness": "0"}
 
 
 class Stopped(BaseException):
@@ -146,21 +146,21 @@ def _environment(settings: ServeSettings) -> Iterator[None]:
     if settings.ray_address is not None:
         yield
         return
-    wanted = {
-        **ONE_LOOP,
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(settings.port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(settings.port + 1),  # of a range: not included
-    }
-    before = {name: os.environ.get(name) for name in wanted}
+    wanted = dict(NICENESS)
+    if settings.direct_ingress:
+        wanted |= DIRECT
+        wanted["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(settings.port)
+        wanted["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(settings.port + 1)  # of a range: not included
+    before = os.environ.copy()
     os.environ.update(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
+        for name in wanted:
+            if name in before:
+                os.environ[name] = before[name]
             else:
-                os.environ[name] = value
+                del os.environ[name]
 
 
 @contextmanager
@@ -228,8 +228,9 @@ def _deploy(settings: ServeSettings) -> None:
     log = LoggingConfig(
         log_level=settings.log_level.upper(), enable_access_log=False, encoding=settings.log_format.upper()
     )
+    is_direct = settings.direct_ingress and settings.ray_address is None
     # With direct ingress Ray's proxy answers too; it gets any port.
-    http = {"host": settings.host, "port": settings.port if settings.ray_address else _free_port(settings.host)}
+    http = {"host": settings.host, "port": _free_port(settings.host) if is_direct else settings.port}
     app = application(settings, may_grow=False)
     with _one_sentence("Ray Serve did not start"):  # the port may have been taken since it was checked, by Ray too
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=log)

@@ -64,8 +64,8 @@ def postgres(require: Callable[[str], str], tmp_path_factory: pytest.TempPathFac
     """URL of a server of its own, on a socket in a folder."""
     binaries = Path(require("postgres")).resolve().parent
     folder = tmp_path_factory.mktemp("postgres", numbered=False)
-    folder.parent.chmod(0o711)
-    folder.parent.parent.chmod(0o711)
+    for parent in folder.parents[: len(folder.parents) - 2]:  # pytest's own are closed to others
+        parent.chmod(parent.stat().st_mode | 0o011)
     owner: dict[str, Any] = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
     if owner:
         shutil.chown(folder, "postgres")

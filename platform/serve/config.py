@@ -286,7 +286,7 @@ class ServeSettings(LiveSettings):
     )
     direct_ingress: bool = Field(
         default=False,
-        description="let a Ray of our own hand requests to the gateway's process itself, without Ray's proxy before it: "
+        description="let a Ray of our own hand requests to the gateway's process itself, without the proxy before it: "
         "a third of the CPU time that a request costs besides its images; but while a gateway that died comes back, "
         "connections are refused, where the proxy would hold them; no effect with ray_address",
     )

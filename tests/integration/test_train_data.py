@@ -28,7 +28,7 @@ def bucket(aws_credentials: None, repo: Path) -> Iterator[tuple[str, str]]:
     endpoint = f"http://{host}:{port}"
     s3 = boto3.client("s3", endpoint_url=endpoint)
     s3.create_bucket(Bucket="data")
-    samples = repo / "samples" / "twemoji-long-shadow" / "train"
+    samples = repo / "samples" / "noto-spotlight" / "train"
     rows = (samples / "metadata.jsonl").read_text().splitlines()[:COUNT]
     for row in rows:
         name = json.loads(row)["file_name"]

@@ -93,7 +93,7 @@ def test_a_person_reads_lines(messy: Path, tmp_path: Path) -> None:
     assert lines[-1] == f"contact sheet: {tmp_path / 'sheet.png'}"
 
 
-@pytest.mark.parametrize("name", ["noto-sticker", "twemoji-long-shadow"])
+@pytest.mark.parametrize("name", ["noto-sticker", "noto-spotlight"])
 def test_the_sample_sets_are_sound(name: str, samples: Path, tmp_path: Path) -> None:
     """And what is held out to measure the style is none of what it is learnt from."""
     contents = []
@@ -112,12 +112,12 @@ def test_the_sample_sets_are_sound(name: str, samples: Path, tmp_path: Path) -> 
 def test_a_training_file_s_other_settings_are_passed_over(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("loop: {steps: 5}\ndata: {validation_share: 0.5}\n")
     place = ("--sheet", tmp_path / "sheet.png")
-    _, out = run(samples / "twemoji-long-shadow" / "held_out", "--json", *place, "--config", tmp_path / "train.yaml")
+    _, out = run(samples / "noto-spotlight" / "held_out", "--json", *place, "--config", tmp_path / "train.yaml")
     assert json.loads(out)["held_out"] == 14
 
 
 def test_bad_usage_is_one_sentence(samples: Path, tmp_path: Path) -> None:
-    data, place = samples / "twemoji-long-shadow" / "held_out", ("--sheet", tmp_path / "sheet.png")
+    data, place = samples / "noto-spotlight" / "held_out", ("--sheet", tmp_path / "sheet.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataNotFound, match=r"holds no pictures"):
         run(tmp_path / "empty", *place)

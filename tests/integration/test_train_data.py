@@ -32,10 +32,11 @@ def bucket(aws_credentials: None, repo: Path) -> Iterator[tuple[str, str]]:
     rows = (samples / "metadata.jsonl").read_text().splitlines()[:COUNT]
     for row in rows:
         name = json.loads(row)["file_name"]
-        s3.upload_file(str(samples / name), "data", f"styles/ink/{name}")
-    s3.put_object(Bucket="data", Key="styles/ink/metadata.jsonl", Body="\n".join(rows))
-    s3.put_object(Bucket="data", Key="styles/bad/a.png", Body=(samples / "bomb.png").read_bytes()[:-2000])
-    s3.put_object(Bucket="data", Key="styles/bad/a.txt", Body="a bomb")
+        s3.upload_file(str(samples / name), "data", f"styles/light/{name}")
+    s3.put_object(Bucket="data", Key="styles/light/metadata.jsonl", Body="\n".join(rows))
+    whole = (samples / name).read_bytes()
+    s3.put_object(Bucket="data", Key="styles/bad/a.png", Body=whole[: len(whole) // 2])
+    s3.put_object(Bucket="data", Key="styles/bad/a.txt", Body="half of it")
     yield "s3://data/styles", endpoint
     server.stop()
 
@@ -45,7 +46,7 @@ def test_ray_writes_the_bytes_that_one_process_writes(
 ) -> None:
     """And what is wrong with a picture, on a worker, is the sentence that it is here."""
     url, endpoint = bucket
-    source = open_source(f"{url}/ink", endpoint_url=endpoint)
+    source = open_source(f"{url}/light", endpoint_url=endpoint)
     by_ray = encode_with_ray(source, BASE, CONFIG, tmp_path / "ray", cpus_per_actor=0.5)
     alone = encode_set(source, load_base(BASE), CONFIG, tmp_path / "alone")
     assert len(alone.items) == COUNT

@@ -4,7 +4,7 @@ PYTHON ?= python3
 # A package index for torch alone, such as one with CPU builds; empty: wherever pip looks for everything.
 TORCH_INDEX_URL ?=
 ARGS ?=
-# Processes that share the tests; 0: none beside pytest's own, for a debugger.
+# Processes that share the tests which need no service; 0: none beside pytest's own.
 TEST_WORKERS ?= 2
 
 BIN := .venv/bin
@@ -25,8 +25,13 @@ smoke: .venv/serve ## start the service, make out/*.png with the command line, s
 train-demo: .venv/train ## train the two sample styles and measure what they learnt, out/train-demo; twelve minutes
 	PYTHONPATH=scripts $(BIN)/python scripts/train_demo.py $(ARGS)
 
-test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on)
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup $(ARGS)
+test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on: in one process)
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile tests/unit tests/deploy tests/gpu
+	$(BIN)/python -m pytest tests/integration tests/e2e
+else
+	$(BIN)/python -m pytest $(ARGS)
+endif
 
 nightly: .venv/dev ## the long tests: 200 random mixes against diffusers and PEFT, 2,000 jobs through 4 slots: ten minutes
 	$(BIN)/python -m pytest -m nightly $(ARGS)

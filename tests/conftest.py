@@ -17,7 +17,6 @@ from lorafleet.core.local_ray import prepare_local_ray
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KINDS = ("unit", "deploy", "integration", "e2e", "gpu")
-SERVICE_KINDS = ("integration", "e2e")
 
 
 def _has_gpu() -> str | None:
@@ -80,17 +79,12 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_local_ray()  # before a test module imports Ray, which reads its settings only then
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     root = config.rootpath / "tests"
     for item in items:
         kind = item.path.relative_to(root).parts[0]
         if kind in KINDS:
             item.add_marker(kind)
-        # Of two processes one has the service, and all that starts another; a module stays whole for its fixtures.
-        if item.get_closest_marker("xdist_group") is None:
-            group = "service" if kind in SERVICE_KINDS else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
 
 

@@ -19,8 +19,6 @@ import yaml
 from lorafleet.core.errors import ConfigError
 from lorafleet.serve.deploy import app
 
-pytestmark = pytest.mark.xdist_group("service")  # a Ray at a time is enough for two cores
-
 STARTS_S = 240.0
 IMAGE = {"prompt": "a red apple on a blue background", "seed": 1, "steps": 2}
 

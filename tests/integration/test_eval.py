@@ -203,6 +203,7 @@ def test_an_endpoint_that_is_not_there_is_named(home: Path, free_port: Any) -> N
         evaluated(config(run={"endpoint_retries": 0}), f"api={address}")
 
 
+@pytest.mark.nightly
 def test_a_ray_actor_that_dies_costs_only_its_batch(
     home: Path, service_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

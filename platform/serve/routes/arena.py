@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from lorafleet.core.arena.config import ArenaConfig
 from lorafleet.core.arena.export import ratings_csv, votes_csv
 from lorafleet.core.arena.records import Entrant, Ratings, Shown
-from lorafleet.core.errors import InvalidRequest, StorageUnavailable
+from lorafleet.core.errors import InvalidRequest, PairNotFound, StorageUnavailable
 from lorafleet.core.generation import MAX_SEED, GenerationRequest
 from lorafleet.core.manifest import Manifest
 from lorafleet.core.ranges import short
@@ -170,7 +170,7 @@ async def _pictures(service: Service, requests: Sequence[GenerationRequest]) -> 
 def _two(choices: Sequence[Resolved], reference: str) -> tuple[Manifest, Manifest]:
     """Two versions of those that an alias names, drawn by their shares."""
     if len(choices) < 2:
-        raise InvalidRequest(
+        raise PairNotFound(
             f"adapter must be an alias that names several versions, {reference} means one: "
             "`lorafleet adapters alias NAME ALIAS VERSION=WEIGHT VERSION=WEIGHT` splits it",
             param="adapter",

@@ -15,6 +15,8 @@ from workload import BANK, Variant, Workload
 from lorafleet.core.errors import ConfigError
 from lorafleet.sdxl.config import BaseConfig
 
+pytestmark = pytest.mark.nightly  # a minute, most of it the bench itself
+
 TINY = ["--base", "tiny-random", "--device", "cpu", "--steps", "2"]
 
 

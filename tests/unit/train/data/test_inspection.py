@@ -113,7 +113,7 @@ def test_a_training_file_s_other_settings_are_passed_over(samples: Path, tmp_pat
     (tmp_path / "train.yaml").write_text("loop: {steps: 5}\ndata: {validation_share: 0.5}\n")
     place = ("--sheet", tmp_path / "sheet.png")
     _, out = run(samples / "noto-spotlight" / "held_out", "--json", *place, "--config", tmp_path / "train.yaml")
-    assert json.loads(out)["held_out"] == 14
+    assert json.loads(out)["held_out"] == 16
 
 
 def test_bad_usage_is_one_sentence(samples: Path, tmp_path: Path) -> None:

@@ -174,5 +174,5 @@ def test_two_versions_of_a_split_draw_a_pair_and_the_vote_says_which(
     assert http.get("/v1/arena/pair").status_code == 404  # nobody else is shown it
     again = http.post("/v1/arena/pairs", json={**asked, "session": pair["session"]})
     assert again.json()["session"] == pair["session"]
-    assert error(http.post("/v1/arena/pairs", json={**asked, "adapter": "plush"})) == (422, "invalid_value", "adapter")
+    assert error(http.post("/v1/arena/pairs", json={**asked, "adapter": "plush"})) == (404, "pair_not_found", "adapter")
     assert error(http.post("/v1/arena/pairs", json={**asked, "adapter": "plish"}))[:2] == (404, "adapter_not_found")

@@ -66,7 +66,7 @@ def push(registry: Registry, targets: Targets, tmp_path_factory: pytest.TempPath
 def damaged(adapter: Adapter) -> Adapter:
     """Its columns in another order: as large as before, but of no use."""
     modules = {name: replace(each, a=each.a.flip(1).contiguous()) for name, each in adapter.modules.items()}
-    return replace(adapter, modules={name: replace(each, alpha=4 * each.alpha) for name, each in modules.items()})
+    return replace(adapter, modules={name: replace(each, alpha=12 * each.alpha) for name, each in modules.items()})
 
 
 def padded(adapter: Adapter) -> Adapter:
@@ -86,7 +86,7 @@ def passed(good: Manifest, repo: Path) -> Results:
     sampling = {"limit": PROMPTS, "steps": STEPS, "seeds": 1}
     reference = repo / "samples" / "noto-sticker" / "held_out"
     config = EvalConfig.model_validate({"reference": reference, "sampling": sampling})
-    results = compare(Contest(good, None, 0.5), load_suite("emoji"), config)
+    results = compare(Contest(good, None, 1.0), load_suite("emoji"), config)
     base = replace(results.systems["base"], name="production")
     return replace(results, systems={**results.systems, "production": base})
 
@@ -105,7 +105,7 @@ def test_the_damaged_one_is_refused_the_good_one_promoted_and_served_at_once(
     http: httpx.Client, registry: Registry, versions: dict[str, Manifest], repo: Path
 ) -> None:
     reference = repo / "samples" / "noto-sticker" / "held_out"
-    common = ["--weight", "0.5", "--epsilon", "8", "--reference", str(reference), "--json"]
+    common = ["--weight", "1", "--epsilon", "12", "--reference", str(reference), "--json"]
     common += ["--set", f"sampling.limit={PROMPTS}", "--set", f"sampling.steps={STEPS}", "--set", "sampling.seeds=1"]
     before = image(http, NAME)
     assert before == image(http, f"{NAME}@{versions['damaged'].version}")  # the latest
@@ -155,7 +155,7 @@ def test_a_canary_that_the_service_cannot_serve_is_rolled_back(
         every_s=0.5,
     )
     try:
-        evaluation = decide(registry, contest_of(registry, f"{NAME}@latest"), results, epsilon=8.0, rollout=rollout)
+        evaluation = decide(registry, contest_of(registry, f"{NAME}@latest"), results, epsilon=12.0, rollout=rollout)
     finally:
         over.set()
         for asker in askers:

@@ -41,7 +41,10 @@ class BankConfig(BaseModel):
         default=4 << 30, ge=0, description="bytes of CPU memory for adapters that are ready to be copied to the device"
     )
     max_wait_s: float = Field(
-        default=120.0, gt=0, le=3600, description="seconds that an image waits for slots; then it is refused"
+        default=120.0,
+        gt=0,
+        le=3600,
+        description="seconds that an image waits while no slot gets free; then it is refused",
     )
     targets: str = Field(
         default=r"unet\..+\.attentions\..+|text_encoder(_2)?\..+",

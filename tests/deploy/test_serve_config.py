@@ -97,6 +97,7 @@ def put(api: httpx.Client, config: dict[str, Any]) -> None:
     assert answer.is_success, answer.text
 
 
+@pytest.mark.nightly
 def test_the_charts_config_serves_and_adapters_and_limits_reach_the_same_replicas(
     config: dict[str, Any], ray_api: httpx.Client
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_printed_curl_line_works(service: Service, require: Callable[[str], 
     assert extract(tmp_path / "apple.png").seed == 1
 
 
+@pytest.mark.nightly
 def test_the_readme_s_commands_work(service: Service, repo: Path, tmp_path: Path) -> None:
     readme = (repo / "README.md").read_text()
     commands = re.findall(r"^(?:\.venv/bin/)?lorafleet generate .*$", readme, re.MULTILINE)
@@ -141,6 +142,7 @@ def test_the_docs_page_needs_no_other_host(service: Service, require: Callable[[
     assert failed == []
 
 
+@pytest.mark.nightly
 def test_ctrl_c_during_the_start_ends_everything(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [COMMAND, "serve", "--port", str(free_port())],

@@ -155,6 +155,7 @@ def test_another_pipeline_gets_the_same_prompts_and_noise(home: Path) -> None:
     assert results.values("clip", "again") == pytest.approx(results.values("clip", "base"), abs=0.05)
 
 
+@pytest.mark.nightly
 def test_a_damaged_adapter_is_found_out(home: Path, sample: Path, damaged: Path) -> None:
     settings = config(sampling={"steps": 6, "limit": 8}, run={"batch_size": 8})
     results = evaluated(settings, "base", f"good=adapter:{sample}", f"bad=adapter:{damaged}")

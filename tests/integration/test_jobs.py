@@ -84,6 +84,7 @@ def test_jobs_outlive_their_replica(http: httpx.Client) -> None:
     assert ended(http, jobs[0])["retries"] == 1
 
 
+@pytest.mark.nightly
 def test_jobs_outlive_the_gateway(http: httpx.Client, jobs: dict[str, object]) -> None:
     if not jobs:
         pytest.skip("no redis-server on this machine: jobs are in the gateway's memory")

@@ -28,6 +28,7 @@ def start(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.nightly
 def test_what_hinders_the_replica_comes_out_as_one_sentence(free_port: Callable[[], int]) -> None:
     result = start(f"port={free_port()}", "base.device=cuda", "replica_gpus=0")
     assert result.returncode == 1

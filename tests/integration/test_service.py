@@ -138,7 +138,8 @@ def test_wrong_routes_and_methods_are_json_too(http: httpx.Client) -> None:
 
 def test_more_than_is_accepted_gets_a_429_and_the_rest_is_served(service_url: str) -> None:
     def post(_: int) -> httpx.Response:
-        return httpx.post(f"{service_url}/generate", json={**APPLE, "steps": 20}, timeout=60)
+        made_anew = {"cache-control": "no-cache"}
+        return httpx.post(f"{service_url}/generate", json={**APPLE, "steps": 20}, headers=made_anew, timeout=60)
 
     with ThreadPoolExecutor(max_workers=10) as pool:
         replies = list(pool.map(post, range(10)))

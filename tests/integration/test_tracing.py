@@ -60,8 +60,8 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 def lines(**wanted: str) -> Iterator[dict[str, Any]]:
-    """Log lines of all serving processes that say this."""
-    for file in (Path(os.environ["LORAFLEET_HOME"]) / "ray/session_latest/logs").glob("worker-*.err"):
+    """Log lines of all serving processes that say this; other tests may have started a Ray of their own since."""
+    for file in (Path(os.environ["LORAFLEET_HOME"]) / "ray").glob("session_2*/logs/worker-*.err"):
         for text in file.read_text().splitlines():
             if text.startswith("{"):
                 line = json.loads(text)

@@ -103,6 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
+@pytest.mark.nightly
 def test_a_killed_ray_worker_changes_no_byte(runs: Runs) -> None:
     process = runs.start("kill", "--workers", "2")
     runs.wait_for_step("kill", 7, process)  # past the checkpoint of step 5, within an epoch of 3 steps

@@ -41,6 +41,7 @@ def bucket(aws_credentials: None, repo: Path) -> Iterator[tuple[str, str]]:
     server.stop()
 
 
+@pytest.mark.nightly
 def test_ray_writes_the_bytes_that_one_process_writes(
     service_url: str, bucket: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -109,8 +109,9 @@ class Engine:
         self.prompts = PromptCache(base, self.settings.prompt_cache_entries, self.bank, self._ends.encode)
         self._previewer = Previewer(base)
         self._runs: list[Run] = []
-        self._lock = threading.Lock()  # guards _runs, their leases, and _arrivals
+        self._lock = threading.Lock()  # guards _runs, their leases, _arrivals and _seated_s
         self._arrivals = 0
+        self._seated_s = time.monotonic()  # when a run last got slots
         self._turn_lock = threading.RLock()  # one turn at a time; a listener may close
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -311,7 +312,10 @@ class Engine:
             return
 
         def claim(run: Run, only_resident: bool) -> bool:
-            return run.claim(bank, only_resident=only_resident)
+            is_seated = run.claim(bank, only_resident=only_resident)
+            if is_seated and run.job.adapters:
+                self._seated_s = time.monotonic()
+            return is_seated
 
         seat(waiting, claim, max_skipped_turns=self.settings.max_skipped_turns)
 
@@ -381,7 +385,7 @@ class Engine:
             try:
                 run.check()
                 if self.bank is not None:
-                    run.check_wait(self.bank.config.max_wait_s)
+                    run.check_wait(self.bank.config.max_wait_s, self._seated_s)
             except LorafleetError as error:
                 self._end(run, Failed(error))
 

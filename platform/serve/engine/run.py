@@ -72,11 +72,12 @@ class Run:
         for lease in self.leases or ():
             lease.check()
 
-    def check_wait(self, max_wait_s: float) -> None:
-        """Raises AdapterBusy when it has waited for slots for so long."""
-        if self.leases is None and time.monotonic() - self._arrived_s >= max_wait_s:
+    def check_wait(self, max_wait_s: float, others_seated_s: float) -> None:
+        """Raises AdapterBusy when it has waited for slots for so long and nobody else got any, at `others_seated_s`
+        the last time on `time.monotonic()`'s clock: a queue that moves is no reason."""
+        if self.leases is None and time.monotonic() - max(self._arrived_s, others_seated_s) >= max_wait_s:
             raise AdapterBusy(
-                f"all adapter slots were in use for {max_wait_s:g} seconds: try again later or raise bank.slots",
+                f"no adapter slot got free for {max_wait_s:g} seconds: try again later or raise bank.slots",
                 param="adapters",
             )
 

@@ -7,6 +7,7 @@ import pytest
 import train_bench
 
 
+@pytest.mark.nightly
 def test_both_loops_are_measured_and_tabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

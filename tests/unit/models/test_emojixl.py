@@ -73,6 +73,7 @@ def test_the_scorer_knows_real_pictures_from_wrong_ones(noto: data.Data) -> None
     assert (similarity.argmax(1) == torch.arange(64)).float().mean() >= 0.95
 
 
+@pytest.mark.nightly
 def test_the_autoencoder_keeps_what_it_encodes(noto: data.Data) -> None:
     vae = AutoencoderKL.from_pretrained(EMOJIXL, subfolder="vae", dtype=torch.float32).eval()
     assert evaluate.autoencoder(vae, Renderer(noto, CPU), noto, 32)["vae_psnr_db"] >= 27

@@ -80,8 +80,11 @@ def emojixl() -> Base:
 
 
 @pytest.fixture(scope="session")
-def pipeline(emojixl: Base) -> Pipeline:
-    return Pipeline(emojixl)
+def pipeline() -> Iterator[Pipeline]:
+    """On a base of its own: an engine takes parts of its base over until it is closed."""
+    pipeline = Pipeline(load_base(BaseConfig(device="cpu")))
+    yield pipeline
+    pipeline.close()
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def test_every_answer_is_as_documented(emojixl: Base, tmp_path: Path, mode: sche
             cases = cases.map(lambda case: with_files(case, adapter))
 
         @given(case=cases)
-        @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         def answers_as_documented(case: schemathesis.Case) -> None:
             # ignored_auth sends the key along even where it means not to; test_adapters looks at that.
             case.call_and_validate(headers={"authorization": f"Bearer {KEY}"}, excluded_checks=[ignored_auth])

@@ -22,8 +22,8 @@ from lorafleet.train.watch import StepReport, ValidationReport
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {"device": "cpu"},
-    "data": {"validation_share": 0.3, "flip": True},
-    "loop": {"steps": 6, "batch_size": 4, "micro_batch": 2},
+    "data": {"validation_share": 0.3, "flip": True, "resolution_px": 64},
+    "loop": {"steps": 6, "batch_size": 2, "micro_batch": 1},
     "optimizer": {"warmup_steps": 2, "lr": 1e-3},
     "validation": {"every_steps": 100},
 }
@@ -65,7 +65,7 @@ def data(emojixl: Base, tmp_path_factory: pytest.TempPathFactory) -> EncodedSet:
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("pictures")
-    for number in range(10):
+    for number in range(6):
         image = Image.linear_gradient("L").rotate(36 * number).resize((128, 128)).convert("RGB")
         image.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a grey thing, number {number}")
@@ -164,7 +164,7 @@ def test_seeds_differ_and_repeat(data: EncodedSet, tmp_path: Path) -> None:
 
 def test_a_step_of_nan_is_skipped_and_counted(data: EncodedSet) -> None:
     made = trainer(config(), data)
-    spoilt = replace(next(made.batches()), latents=torch.full((2, 4, 16, 16), float("nan")))
+    spoilt = replace(next(made.batches()), latents=torch.full((1, 4, 8, 8), float("nan")))
     good = made.batches()
     before = made.adapter.state()
 
@@ -216,7 +216,7 @@ def test_a_lower_precision_keeps_float32_weights(data: EncodedSet, tmp_path: Pat
 
 
 def test_a_smaller_portion_is_padded_to_the_others_size_and_keeps_its_losses(data: EncodedSet) -> None:
-    made = trainer(config(adapter__dropout=0), data)
+    made = trainer(config(adapter__dropout=0, loop__batch_size=4, loop__micro_batch=2), data)
     batch = next(made.batches())
     padded = batch.padded(4)
     assert [shape[0] for shape in padded.shapes] == [4] * len(batch.shapes)
@@ -243,7 +243,7 @@ def test_half_precision_scales_its_gradients_and_lowers_the_scale_when_they_over
     assert report.is_good
     assert (report.loss, report.norm) == (pytest.approx(exact.loss, rel=0.02), pytest.approx(exact.norm, rel=0.1))
     assert made.snapshot().scaler["scale"] == 2.0**12
-    spoilt = replace(next(good), latents=torch.full((2, 4, 16, 16), float("inf")))
+    spoilt = replace(next(good), latents=torch.full((1, 4, 8, 8), float("inf")))
     report, _ = made.step(iter([spoilt, next(good)]), wants_stop=False)
     assert not report.is_good
     assert made.snapshot().scaler["scale"] == 2.0**11

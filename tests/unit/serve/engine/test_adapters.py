@@ -255,6 +255,18 @@ def test_who_needs_many_slots_is_not_passed_for_ever(make_engine: MakeEngine, st
         done.extend(["enough"] * 200)
 
 
+def test_a_queue_that_moves_is_waited_for(make_engine: MakeEngine, style: Style) -> None:
+    """Longer than `max_wait_s`, as long as others get the slot meanwhile."""
+
+    def slow(number: int) -> Adapter:
+        time.sleep(0.4)
+        return style(number).load()
+
+    with make_engine(bank={"slots": 1, "max_wait_s": 1.5}) as engine:
+        for handle in [engine.submit(job(style(i, load=partial(slow, i)), steps=1)) for i in range(6)]:
+            handle.result(60)
+
+
 def test_waiting_ends_with_the_deadline_the_patience_and_the_job(make_engine: MakeEngine, style: Style) -> None:
     with make_engine(bank={"slots": 1, "max_wait_s": 1.5}) as engine:
         held = bank_of(engine).acquire("outside", style(9).load)

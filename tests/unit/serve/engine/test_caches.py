@@ -1,8 +1,6 @@
 """What one start leaves on disk for the next."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,16 +40,16 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog:
     assert "the next start measures again" in caplog.text
 
 
-@pytest.mark.parametrize("said", [None, "/elsewhere"])
-def test_what_is_compiled_is_kept_at_home_unless_the_environment_says_where(tmp_path: Path, said: str | None) -> None:
-    kept = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    environ = {name: value for name, value in os.environ.items() if name not in kept}
-    code = "import os; from lorafleet.serve.engine import caches; caches.keep_compiled()\n" + "\n".join(
-        f"print(os.environ['{name}'])" for name in kept
-    )
-    given = dict.fromkeys(kept, said) if said else {}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ | given, capture_output=True, text=True, check=True, timeout=60
-    )
+def test_what_is_compiled_is_kept_at_home_unless_the_environment_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inductor, triton = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+    for name in (inductor, triton):
+        monkeypatch.setenv(name, "")  # for monkeypatch to put back what is there now
+        monkeypatch.delenv(name)
+    caches.keep_compiled()
     folder = tmp_path / "cache" / "engine"
-    assert done.stdout.split() == ([said, said] if said else [str(folder / "inductor"), str(folder / "triton")])
+    assert [os.environ[inductor], os.environ[triton]] == [str(folder / "inductor"), str(folder / "triton")]
+    monkeypatch.setenv(inductor, "/elsewhere")
+    caches.keep_compiled()
+    assert [os.environ[inductor], os.environ[triton]] == ["/elsewhere", str(folder / "triton")]

@@ -54,9 +54,15 @@ def expected(base: Base, job: Job) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("has_mask", [False, True])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("scheduler", "strength"),
+    [
+        *((scheduler, 0.6) for scheduler in SCHEDULERS),
+        ("euler", 1.0),
+        *(pytest.param(scheduler, 1.0, marks=pytest.mark.nightly) for scheduler in SCHEDULERS if scheduler != "euler"),
+    ],
+)
 def test_equals_diffusers(
     emojixl: Base,
     make_engine: Callable[..., Engine],

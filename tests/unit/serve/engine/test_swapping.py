@@ -118,7 +118,7 @@ def swap(
 def test_swapping_under_load(
     make_engine: Callable[..., Engine], oracle: Callable[[Job], Any], pixels: Callable[..., Any], tmp_path: Path
 ) -> None:
-    swap(make_engine, oracle, pixels, tmp_path, jobs=100, kinds=10)
+    swap(make_engine, oracle, pixels, tmp_path, jobs=60, kinds=6)
 
 
 @pytest.mark.nightly

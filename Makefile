@@ -27,8 +27,8 @@ train-demo: .venv/train ## train the two sample styles and measure what they lea
 
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on: in one process)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal tests/unit tests/deploy tests/gpu
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup tests/integration tests/e2e
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal -m "not service and not nightly"
+	$(BIN)/python -m pytest -m "service and not nightly"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

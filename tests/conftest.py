@@ -79,17 +79,15 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_local_ray()  # before a test module imports Ray, which reads its settings only then
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks by folder; what uses the one service stays in one process, and so does each module that starts things."""
+    """Marks by folder and by whether a test needs a running service."""
     root = config.rootpath / "tests"
     for item in items:
         kind = item.path.relative_to(root).parts[0]
         if kind in KINDS:
             item.add_marker(kind)
-        if kind in ("integration", "e2e"):
-            uses_service = "service_url" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("service" if uses_service else item.path.stem))
+        if kind == "e2e" or "service_url" in getattr(item, "fixturenames", ()):
+            item.add_marker("service")
     items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
 
 

@@ -155,6 +155,7 @@ def test_a_prometheus_says_what_has_come_since_the_watch_began(
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{unused_port}"
+        until(lambda: httpx.get(f"{url}/-/ready").is_success)
         until(lambda: bool(httpx.get(f"{url}/api/v1/query", params={"query": "up == 1"}).json()["data"]["result"]))
         time.sleep(2)  # so that there is a sample from before the watch, which looks back by whole seconds
         prometheus = Prometheus(url, "plush")

@@ -1,7 +1,8 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
 `plane_p50_ms` is what HTTP, gateway, router and Ray add: a request's latency less the `total_s` that the replica tells.
-Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz).
+Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz). A service that is
+started here is measured twice: behind Ray's proxy, and with `direct_ingress=true` without it.
 
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """
@@ -21,6 +22,7 @@ from service import running_service
 from lorafleet.client import Client
 from lorafleet.core.generation import GenerationRequest
 
+WAYS = {"proxy": "direct_ingress=false", "direct": "direct_ingress=true"}
 WITHOUT_WORK = 200  # requests for each of the paths that make no image
 
 
@@ -46,12 +48,14 @@ def main() -> None:
     figures = {}
     if options.url is None:
         figures["in process, 1 at a time"] = measure(pipeline(), wanted, 1)
-        with running_service("--set", "cache.max_bytes=0") as service:
-            figures |= over_http(service.url, wanted, options.concurrency)
+        for way, setting in WAYS.items():
+            with running_service("--set", "cache.max_bytes=0", "--set", setting) as service:
+                found = over_http(service.url, wanted, options.concurrency)
+                figures |= {f"{name}, {way}": figure for name, figure in found.items()}
     else:
         figures |= over_http(options.url, wanted, options.concurrency)
     for name, figure in figures.items():
-        print(f"{name:<28}" + "  ".join(f"{key} {value:.2f}" for key, value in figure.items()))
+        print(f"{name:<34}" + "  ".join(f"{key} {value:.2f}" for key, value in figure.items()))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -32,9 +32,13 @@ BROWSER_FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running_service("--set", "replica_threads=1") as running:  # see tests/conftest.py
+WAYS = [pytest.param("false", id="behind a proxy"), pytest.param("true", id="direct", marks=pytest.mark.nightly)]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    way = f"direct_ingress={request.param}"
+    with running_service("--set", "replica_threads=1", "--set", way) as running:  # see tests/conftest.py
         yield running
 
 

@@ -33,7 +33,7 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-nightly: .venv/dev ## the long tests: 200 random mixes against diffusers and PEFT, 2,000 jobs through 4 slots: ten minutes
+nightly: .venv/dev ## the long tests (200 mixes against diffusers and PEFT, killed trainers, whole evaluations, images): an hour
 	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 check: .venv/dev ## formatting, lint, types, directions of imports

@@ -1,8 +1,8 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
 `plane_p50_ms` is what HTTP, gateway, router and Ray add: a request's latency less the `total_s` that the replica tells.
-Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz). A service that is
-started here is measured twice: behind Ray's proxy, and with `direct_ingress=true` without it.
+Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz). A service
+that is started here is measured twice: behind Ray's proxy, and with `direct_ingress=true` without it.
 
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """

@@ -4,14 +4,18 @@
 """
 
 import argparse
+import contextlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import yaml
 
 from lorafleet.core.config import home, load_settings
@@ -79,21 +83,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = folder / "prometheus.yaml"
     config.write_text(yaml.safe_dump(prometheus_config([scraped, *asked.also], asked.interval), sort_keys=False))
     address = f"http://{LOOPBACK}:{asked.port}"
-    print(f"scraping {LOOPBACK}:{scraped} (a service started with --set metrics_port={scraped}); open")
-    print(f"  {address}/alerts    alerts; deploy/RUNBOOK.md says what to do about each")
-    print(f"  {address}/targets   whether the service answers")
-    print(f"  {address}/graph?g0.expr=lorafleet%3Aimages%3Arate5m&g0.tab=0    images per second")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    process = subprocess.Popen(prometheus_command(prometheus, config, folder / "prometheus", asked.port))
+    try:
+        pages = pages_at(address, process)
+        if pages is not None:
+            print(f"scraping {LOOPBACK}:{scraped} (a service started with --set metrics_port={scraped}); open")
+            print(*what_to_open(address, pages), "Ctrl-C stops it.", sep="\n", flush=True)
+        return process.wait()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def pages_at(address: str, process: "subprocess.Popen[bytes]") -> str | None:
+    """Where its pages lie, once it is ready: Debian's package has only the classic ones. None if it ended before."""
+    while process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{address}/-/ready").is_success:
+                classic = f"{address}/classic"
+                return classic if httpx.get(f"{classic}/alerts").is_success else address
+        time.sleep(0.1)
+    return None
+
+
+def what_to_open(address: str, pages: str) -> list[str]:
+    """Lines with links to the Prometheus at `address`, whose pages are at `pages`."""
+    lines = [
+        f"  {pages}/alerts    alerts; deploy/RUNBOOK.md says what to do about each",
+        f"  {pages}/targets   whether the service answers",
+        f"  {pages}/graph?g0.expr=lorafleet%3Aimages%3Arate5m&g0.tab=0    images per second",
+    ]
     if grafana := shutil.which("grafana-server") or shutil.which("grafana"):
-        print(
-            f"  http://{LOOPBACK}:3000/dashboards   Grafana, once started by\n    {_grafana_command(grafana, address)}"
-        )
-    else:
-        print(
-            f"  no Grafana on this machine; one that you have takes {(FILES / 'dashboards').relative_to(ROOT)}/*.json"
-        )
-    print("Ctrl-C stops it.", flush=True)
-    command = prometheus_command(prometheus, config, folder / "prometheus", asked.port)
-    return subprocess.run(command, check=False).returncode
+        return [
+            *lines,
+            f"  http://{LOOPBACK}:3000/dashboards   Grafana, once started by\n    {_grafana_command(grafana, address)}",
+        ]
+    files = (FILES / "dashboards").relative_to(ROOT)
+    return [*lines, f"  no Grafana on this machine; one that you have takes {files}/*.json"]
 
 
 def _grafana_command(grafana: str, prometheus_url: str) -> str:

@@ -174,6 +174,46 @@ def test_every_image_of_many_mixes_is_the_one_made_alone(
     check(own, oracle, pixels, batching, mix)
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which torch's own compiler imports
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_compiled_images_are_the_ones_made_alone(
+    own: Base, oracle: Callable[..., object], pixels: Callable[..., object], mode: str
+) -> None:
+    """By torch's compiler for CPUs, at the size that is warmed up; tests/gpu has the same with CUDA graphs."""
+    settings = EngineSettings.model_validate(
+        {
+            "compile": mode,
+            "exact": False,
+            "max_batch": 4,
+            "row_buckets": (2, 8),
+            "step_reuse": True,
+            "bank": {"slots": 4},
+        }
+    )
+    mix = [
+        Guest(
+            Job(
+                GenerationRequest(
+                    prompt="yellow star",
+                    steps=3 + i % 3,
+                    scheduler=scheduler,
+                    guidance_scale=[1.0, 4.0, 7.0][i % 3],
+                    step_reuse=1 + i % 3,
+                ),
+                seed=i,
+            ),
+            joins_after=2 * i,
+            leaves_after=None,
+            adapters=((i % len(POOL), 0.7), ((i + 3) % len(POOL), -0.5))[: i % 3],
+        )
+        for i, scheduler in enumerate(SCHEDULERS)
+    ]
+    with closing(Engine(own, settings)) as engine:
+        engine.warm_up()
+        check_with(engine, oracle, pixels, [with_adapters(guest, own) for guest in mix])
+
+
 def test_guidance_rescale_is_diffusers_own(
     emojixl: Base, make_engine: Callable[..., Engine], pixels: Callable[[Image.Image], object]
 ) -> None:

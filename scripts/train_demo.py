@@ -60,13 +60,17 @@ def main() -> None:
     base = load_base(BaseConfig())
     scorer = scorer_of(base.folder.root, base.device)
     assert scorer is not None
-    with Engine(base, DRAWING) as engine:
-        results = {}
-        for style in sorted(trainings, key=lambda style: given.steps or STEPS[style]):  # as they get ready
-            if trainings[style].wait():
-                sys.exit(f"training {style} failed")
-            trained_s = time.perf_counter() - started
-            results[style] = judged(style, engine, scorer, given.out)
+    results = {}
+    try:
+        with Engine(base, DRAWING) as engine:
+            for style in sorted(trainings, key=lambda style: given.steps or STEPS[style]):  # as they get ready
+                if trainings[style].wait():
+                    sys.exit(f"training {style} failed")
+                trained_s = time.perf_counter() - started
+                results[style] = judged(style, engine, scorer, given.out)
+    finally:
+        for process in trainings.values():
+            process.terminate()
     seconds = time.perf_counter() - started
     (given.out / "results.json").write_text(
         json.dumps({"seconds": round(seconds, 1), "training_seconds": round(trained_s, 1), **results}, indent=1)

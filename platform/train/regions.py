@@ -5,7 +5,6 @@ the whole takes several. Channels stay last in memory between them, as convoluti
 """
 
 import os
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -15,6 +14,8 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
+
+from lorafleet.sdxl.transformer_ends import end_of, start_of
 
 # No Upsample2D: the compiler makes its backward pass of atomic additions (one H200: 1.5 ms for one of SDXL's two).
 KINDS: Final = (BasicTransformerBlock, ResnetBlock2D, Downsample2D)
@@ -36,26 +37,5 @@ def compile_regions(unet: nn.Module) -> None:
             module.compile(fullgraph=True, dynamic=False)
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
             ends: Any = module
-            ends._operate_on_continuous_inputs = torch.compile(_start_of(module), fullgraph=True, dynamic=False)
-            ends._get_output_for_continuous_inputs = torch.compile(_end_of(module), fullgraph=True, dynamic=False)
-
-
-def _start_of(module: Transformer2DModel) -> Callable[..., Any]:
-    def start(hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        normed = module.norm(hidden_states)
-        rows, channels, height, width = normed.shape
-        return module.proj_in(normed.permute(0, 2, 3, 1).reshape(rows, height * width, channels)), channels
-
-    return start
-
-
-def _end_of(module: Transformer2DModel) -> Callable[..., torch.Tensor]:
-    """As diffusers' own, but channels stay last in memory."""
-
-    def end(hidden_states: torch.Tensor, residual: torch.Tensor, **_: int) -> torch.Tensor:
-        rows, channels, height, width = residual.shape
-        image = module.proj_out(hidden_states).reshape(rows, height, width, channels).permute(0, 3, 1, 2)
-        added: torch.Tensor = image + residual
-        return added
-
-    return end
+            ends._operate_on_continuous_inputs = torch.compile(start_of(module), fullgraph=True, dynamic=False)
+            ends._get_output_for_continuous_inputs = torch.compile(end_of(module), fullgraph=True, dynamic=False)

@@ -19,6 +19,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from lorafleet.sdxl.transformer_ends import end_of, start_of
+
 KINDS: Final = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)
 _ENDS: Final = ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")
 
@@ -44,7 +46,7 @@ def compile_regions(model: nn.Module) -> None:
             module.compile(fullgraph=True, dynamic=False)
             module._compiled_call_impl = _for_all_rows(module._compiled_call_impl)
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
-            start, end = (torch.compile(f, fullgraph=True, dynamic=False) for f in (_start_of(module), _end_of(module)))
+            start, end = (torch.compile(f, fullgraph=True, dynamic=False) for f in (start_of(module), end_of(module)))
             module._operate_on_continuous_inputs = _for_all_rows(start)
             module._get_output_for_continuous_inputs = _for_all_rows(end)
 
@@ -68,25 +70,3 @@ def _for_all_rows(compiled: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(*arguments, **options)
 
     return call
-
-
-def _start_of(module: Transformer2DModel) -> Callable[..., Any]:
-    def start(hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        normed = module.norm(hidden_states)
-        rows, channels, height, width = normed.shape
-        tokens = normed.permute(0, 2, 3, 1).reshape(rows, height * width, channels)
-        return module.proj_in(tokens), channels
-
-    return start
-
-
-def _end_of(module: Transformer2DModel) -> Callable[..., torch.Tensor]:
-    """As diffusers' own, but channels stay last in memory: what follows are convolutions."""
-
-    def end(hidden_states: torch.Tensor, residual: torch.Tensor, **_: int) -> torch.Tensor:
-        rows, channels, height, width = residual.shape
-        image = module.proj_out(hidden_states).reshape(rows, height, width, channels).permute(0, 3, 1, 2)
-        added: torch.Tensor = image + residual
-        return added
-
-    return end

@@ -106,7 +106,10 @@ class Edge:
                 ending.is_answered = True
 
         async def receive_and_note() -> Message:
-            message = await receive()
+            try:
+                message = await receive()
+            except Exception:  # behind Ray Serve's proxy, what it calls off itself when the client leaves
+                message = {"type": "http.disconnect"}
             if message["type"] == "http.disconnect" and not ending.is_answered:
                 ending.has_left = True
             return message

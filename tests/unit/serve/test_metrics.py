@@ -2,8 +2,9 @@
 
 import asyncio
 import hashlib
+import json
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -81,6 +82,40 @@ def test_failures_inside_a_stream_and_of_our_own_are_failures(pipeline: Pipeline
     assert kept.counters[REQUESTS, "/generate", "POST", "500", "generation_failed"] == 1
     assert kept.counters[REQUESTS, "/generate", "POST", "500", "internal_error"] == 1
     assert len(kept.observed["gateway_request_seconds", "/generate", "POST", "error"]) == 2
+
+
+def test_a_client_that_left_is_no_failure_however_the_server_says_so(make_app: MakeApp, kept: Any) -> None:
+    app = make_app(kept)
+    left: list[Exception | None] = [None, ConnectionError("nobody listens any more")]  # a message of ASGI's; raised
+
+    async def leave(error: Exception | None) -> None:
+        stepped = asyncio.Event()
+        body = {"type": "http.request", "body": json.dumps({**QUICK, "steps": 100}).encode(), "more_body": False}
+        messages = iter([body])
+
+        async def receive() -> dict[str, Any]:
+            if (message := next(messages, None)) is not None:
+                return message
+            await stepped.wait()
+            if error is not None:
+                raise error
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if b"event: step" in message.get("body", b""):
+                stepped.set()
+
+        headers = [(b"accept", b"text/event-stream"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+
+    async def check() -> None:
+        for error in left:
+            await leave(error)
+
+    asyncio.run(check())
+    assert kept.counters[REQUESTS, "/generate", "POST", "499", "cancelled"] == 2
+    assert {key[-1] for key in kept.counters if key[0] == REQUESTS} == {"cancelled"}
 
 
 def test_what_is_refused_says_why(make_app: MakeApp, client_of: Any, kept: Any) -> None:

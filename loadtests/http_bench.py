@@ -1,28 +1,32 @@
 """Requests per second and latency of one service: the pipeline in this process, then the same over HTTP.
 
-`plane_p50_ms` is what HTTP, gateway, router and Ray add: a request's latency less the `total_s` that the replica tells.
-Beside it stand the gateway alone (/healthz) and a question to a replica that takes it no time (/readyz). A service
-that is started here is measured twice: behind Ray's proxy, and with `direct_ingress=true` without it.
+`plane_p50_ms` is what HTTP, gateway, routing and the way to the replica and back add: a request's latency less the
+`total_s` that the replica tells, seen by a client that does next to nothing itself (http.client of Python). Beside it
+stand lorafleet.client, which adds its own time, the gateway alone (/healthz) and a question to a replica by Ray Serve
+(/readyz). A service that is started here is measured twice: as it is, and with `direct_ingress=false` behind Ray's proxy.
 
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """
 
 import argparse
+import http.client
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
+from urllib.parse import urlsplit
 
-import httpx
 from service import running_service
 
 from lorafleet.client import Client
 from lorafleet.core.generation import GenerationRequest
 
-WAYS = {"proxy": "direct_ingress=false", "direct": "direct_ingress=true"}
+WAYS = {"direct": "direct_ingress=true", "proxy": "direct_ingress=false"}
 WITHOUT_WORK = 200  # requests for each of the paths that make no image
 
 
@@ -55,7 +59,7 @@ def main() -> None:
     else:
         figures |= over_http(options.url, wanted, options.concurrency)
     for name, figure in figures.items():
-        print(f"{name:<34}" + "  ".join(f"{key} {value:.2f}" for key, value in figure.items()))
+        print(f"{name:<40}" + "  ".join(f"{key} {value:.2f}" for key, value in figure.items()))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 
@@ -70,17 +74,43 @@ def pipeline() -> Callable[[GenerationRequest], Made]:
 
 def over_http(url: str, wanted: list[GenerationRequest], concurrency: int) -> dict[str, dict[str, float]]:
     figures = {path: without_work(url, path) for path in ("/healthz", "/readyz")}
+    generate = plain(url)
+    figures |= {f"HTTP, {n} at a time": measure(generate, wanted, n) for n in sorted({1, concurrency})}
     with Client(url) as client:
-        return figures | {f"HTTP, {n} at a time": measure(client.generate, wanted, n) for n in sorted({1, concurrency})}
+        return figures | {"lorafleet.client, 1 at a time": measure(client.generate, wanted, 1)}
+
+
+def plain(url: str) -> Callable[[GenerationRequest], Made]:
+    """Asks over one connection per thread."""
+    kept = threading.local()
+    address = urlsplit(url)
+
+    def generate(request: GenerationRequest) -> Made:
+        if not hasattr(kept, "connection"):
+            kept.connection = http.client.HTTPConnection(address.hostname or "", address.port)
+        body = request.model_dump_json(exclude_defaults=True)
+        kept.connection.request("POST", "/generate", body, {"content-type": "application/json"})
+        reply = kept.connection.getresponse()
+        content = json.load(reply)
+        if reply.status != 200:
+            raise SystemExit(f"{reply.status}: {content}")
+        return SimpleNamespace(timings=content["timings"])
+
+    return generate
 
 
 def without_work(url: str, path: str) -> dict[str, float]:
     latencies_s = []
-    with httpx.Client(base_url=url) as http:
-        for _ in range(WITHOUT_WORK + 1):  # the first one warms up
-            start = time.perf_counter()
-            http.get(path).raise_for_status()
-            latencies_s.append(time.perf_counter() - start)
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port)
+    for _ in range(WITHOUT_WORK + 1):  # the first one warms up
+        start = time.perf_counter()
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        reply.read()
+        latencies_s.append(time.perf_counter() - start)
+        if reply.status != 200:
+            raise SystemExit(f"{path}: {reply.status}")
     ordered_s = sorted(latencies_s[1:])
     return {
         "plane_p50_ms": 1000 * statistics.median(ordered_s),

@@ -288,10 +288,10 @@ class ServeSettings(LiveSettings):
         "left out: a free one, told at the start; with ray_address the cluster's nodes have theirs",
     )
     direct_ingress: bool = Field(
-        default=False,
-        description="let a Ray of our own hand requests to the gateway's process itself, without the proxy before it: "
-        "a third of the CPU time that a request costs besides its images; but while a gateway that died comes back, "
-        "connections are refused, where the proxy would hold them; no effect with ray_address",
+        default=True,
+        description="let a Ray of our own hand requests to the gateway's process itself; false: to Ray's proxy before "
+        "it, which takes longer than all else that a request costs besides its images, but holds connections while a "
+        "gateway that died comes back; no effect with ray_address",
     )
     replicas: int = Field(default=1, ge=1, le=64, description="copies of the model, each in a process of its own")
     replica_cpus: float = Field(

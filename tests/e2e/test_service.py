@@ -32,7 +32,7 @@ BROWSER_FLAGS = [
 ]
 
 
-WAYS = [pytest.param("false", id="behind a proxy"), pytest.param("true", id="direct", marks=pytest.mark.nightly)]
+WAYS = [pytest.param("true", id="direct"), pytest.param("false", id="behind a proxy", marks=pytest.mark.nightly)]
 
 
 @pytest.fixture(scope="module", params=WAYS)

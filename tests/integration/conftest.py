@@ -26,6 +26,7 @@ from lorafleet.serve.launch import running_service
 RAY_REPORTS_EVERY_MS = "RAY_metrics_report_interval_ms"
 ADMIN_KEY = "open-sesame-open-sesame"
 SETTINGS = {
+    "direct_ingress": False,  # by Ray's proxy, as in a cluster; the other way: tests/e2e
     "max_queued": 2,
     "request_timeout_s": 15.0,
     "replica_cpus": 0.2,

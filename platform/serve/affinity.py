@@ -55,7 +55,7 @@ class Affinity:
         self._slot_s = slot_s
         self._host_s = host_s
         self._views: dict[str, _View] = {}
-        self._sent: dict[str, tuple[str, float, tuple[str, ...]]] = {}
+        self._sent: dict[int, tuple[str, float, tuple[str, ...]]] = {}
 
     def update(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
         """What the replicas that there are now say of themselves; of one that has said nothing yet, {}."""
@@ -66,14 +66,14 @@ class Affinity:
             if report != view.report:
                 view.report, view.since = report, set()
 
-    def rank(self, replicas: Sequence[str], work: Work | None) -> tuple[list[str], Choice]:
-        """The replicas, the best one first, and why that one. `work` None: a question that any of them can answer."""
+    def rank(self, replicas: Sequence[str], work: Work) -> tuple[list[str], Choice]:
+        """The replicas, the best one first, and why that one."""
         keys = keys_of(work)
         scores = {replica: self._score(replica, keys) for replica in replicas}
         ranked = sorted(replicas, key=lambda replica: (round(scores[replica], 3), self._tie(replica, keys)))
         return ranked, self._choice(ranked, keys)
 
-    def sent(self, request: str, replica: str, work: Work) -> None:
+    def sent(self, request: int, replica: str, work: Work) -> None:
         """The request is on its way there; said again, it is on its way elsewhere."""
         self.ended(request)
         keys = keys_of(work)
@@ -83,7 +83,7 @@ class Affinity:
         view.since.update(keys)
         self._sent[request] = replica, work.cost(), keys
 
-    def ended(self, request: str) -> None:
+    def ended(self, request: int) -> None:
         """Whatever became of it. May be said twice."""
         replica, units, keys = self._sent.pop(request, ("", 0.0, ()))
         view = self._views.get(replica)
@@ -137,8 +137,8 @@ class Affinity:
         return self._views.get(replica, _View())
 
 
-def keys_of(work: Work | None) -> tuple[str, ...]:
-    return () if work is None else tuple(short_key(adapter.key) for adapter in work.adapters)
+def keys_of(work: Work) -> tuple[str, ...]:
+    return tuple(short_key(adapter.key) for adapter in work.adapters)
 
 
 def short_key(key: str) -> str:

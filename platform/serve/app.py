@@ -10,14 +10,13 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.core.errors import GenerationFailed, LorafleetError, NotReady
+from lorafleet.core.errors import GenerationFailed, LorafleetError
 from lorafleet.core.generation import GenerationRequest
 from lorafleet.core.manifest import Manifest
 from lorafleet.core.metrics import PRELOAD_PROBLEMS, REPLICA_BACKLOG_SECONDS, REPLICA_READY, REPLICA_REQUESTS
@@ -25,12 +24,14 @@ from lorafleet.core.registry import open_registry
 from lorafleet.serve import logs, tracing
 from lorafleet.serve.affinity import Report, short_key
 from lorafleet.serve.api import create_app
+from lorafleet.serve.backend import ReplicaBackend
+from lorafleet.serve.channel import Order, Receiver
 from lorafleet.serve.config import LiveSettings, ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.metrics import RayRecorder
-from lorafleet.serve.result import GenerationResult, ModelInfo
-from lorafleet.serve.routing import AdapterRouter
-from lorafleet.serve.scaling import BACKLOG, autoscaling
+from lorafleet.serve.result import ModelInfo
+from lorafleet.serve.routing import ReplicaWatch
+from lorafleet.serve.scaling import BACKLOG, IN_FLIGHT, autoscaling
 from lorafleet.serve.work import Work
 from lorafleet.serve.workload import Workload
 
@@ -39,9 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODEL_TIMEOUT_S: Final = 2.0  # a replica answers this from its event loop, however busy its pipeline is
 RELOAD_AFTER_S: Final = 60.0  # long enough for whoever starts the service to be told why it fails
-LOST: Final = "the replica went away while it worked on this request: try again"
 GATEWAY_CPUS: Final = 0.1
 MANY: Final = 100_000  # requests at a time: more than are ever admitted
 MAX_REPORTED: Final = 1000  # adapters in CPU memory; each takes 20 bytes of a report
@@ -51,8 +50,9 @@ MAX_REPORTED: Final = 1000  # adapters in CPU memory; each takes 20 bytes of a r
 class Replica:
     """One copy of the model and the engine that shares it between requests, in a thread of its own.
 
-    Errors that this project raises on purpose, those of the constructor too, are handed over as values: raised
-    ones would reach the gateway wrapped, and Ray would log each bad request as a failure of the replica.
+    Work comes by a channel of its own, questions by Serve's handle. Errors that this project raises on purpose, those
+    of the constructor too, are handed over as values: raised ones would reach the gateway wrapped, and Ray would log
+    each bad request as a failure of the replica.
     """
 
     def __init__(self, settings: ServeSettings, threads: int) -> None:
@@ -73,6 +73,12 @@ class Replica:
             logger.exception("the model does not load")
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._failed_at, self._failure = time.monotonic(), LorafleetError(f"the base does not load: {reason}")
+        self._receiver = Receiver(self._work)
+
+    async def __del__(self) -> None:
+        """Serve's: waited for, for `drain_s`, before a replica that is to go ends."""
+        await self._receiver.drain()
+        await self._receiver.close()
 
     def _load(self, settings: ServeSettings, threads: int) -> None:
         # Read when torch is loaded. By default OpenMP's threads spin while they wait for each other: beside another
@@ -108,36 +114,21 @@ class Replica:
         problems = () if self._preloader is None else self._preloader.problems
         return replace(self._pipeline.model, problems=problems)
 
-    async def generate(
-        self, work: Work, timeout_s: float, caller: logs.Caller | None = None
-    ) -> GenerationResult | LorafleetError:
-        """When the gateway's call is cancelled, so are the images."""
-        logs.begin(caller)
-        if self._failure is not None:
-            return self._failure
-        try:
-            with tracing.span("generate"), self._counted(work) as done:
-                result = await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
-                done.set()
-                return result
-        except Exception as error:  # the process edge: this request is lost, the replica is not
-            return _in_our_words(error)
-
-    async def stream(
-        self, work: Work, timeout_s: float, caller: logs.Caller | None = None
-    ) -> AsyncGenerator[Event | LorafleetError]:
-        """Events, an error as the last one. When the gateway's call is cancelled, so are the images."""
-        logs.begin(caller)
+    async def _work(self, order: Order) -> AsyncGenerator[Event | LorafleetError]:
+        """Events, an error as the last one. When the gateway hangs up, the images are called off."""
+        logs.begin(order.caller)
         if self._failure is not None:
             yield self._failure
             return
+        deadline = time.monotonic() + order.timeout_s
         try:
-            with tracing.span("generate"), self._counted(work) as done:
-                async with aclosing(self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)) as events:
+            with tracing.span("generate"), self._counted(order.work) as done:
+                images = self._pipeline.stream(order.work, deadline=deadline, is_detailed=order.is_detailed)
+                async with aclosing(images) as events:
                     async for event in events:
                         yield event
                 done.set()
-        except Exception as error:  # the process edge, as above
+        except Exception as error:  # the process edge: this request is lost, the replica is not
             yield _in_our_words(error)
 
     async def push(self, name: str, handed_in: str) -> Manifest | LorafleetError:
@@ -149,8 +140,13 @@ class Replica:
         except Exception as error:  # the process edge, as above
             return _in_our_words(error)
 
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """For the gateways, asked by Serve once, when this replica is ready: from here on it takes work."""
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return (await self._receiver.start(host)).to_json()
+
     def record_routing_stats(self) -> dict[str, Any]:
-        """For the gateways' routers, asked by Serve every `routing.stats_every_s`."""
+        """For the gateways, asked by Serve every `routing.stats_every_s`."""
         if self._failure is not None:
             return {}
         bank = self._pipeline.engine.bank
@@ -163,7 +159,7 @@ class Replica:
         ).to_json()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {BACKLOG: self._workload.backlog_s}
+        return {BACKLOG: self._workload.backlog_s, IN_FLIGHT: self._workload.in_flight}
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises: what hindered the load may pass, and an engine
@@ -213,68 +209,6 @@ def _in_our_words(error: Exception) -> LorafleetError:
     return GenerationFailed("the model failed on this request: the replica's log says why")
 
 
-class ReplicaBackend:
-    """The replicas as the API's backend: Ray's errors become ours."""
-
-    def __init__(self, replicas: DeploymentHandle[Any], min_replicas: int) -> None:
-        self._replicas = replicas
-        self._min_replicas = min_replicas
-
-    @property
-    def is_asleep(self) -> bool:
-        return self._min_replicas == 0 and AdapterRouter.running == 0
-
-    async def model(self) -> ModelInfo:
-        try:
-            async with asyncio.timeout(MODEL_TIMEOUT_S):
-                answer = await self._replicas.model.remote()
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise NotReady("no replica has its model loaded yet: try again later") from error
-        if isinstance(answer, LorafleetError):
-            raise NotReady(answer.message) from answer
-        assert isinstance(answer, ModelInfo)
-        return answer
-
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        response = self._replicas.generate.remote(work, timeout_s, logs.caller())
-        try:
-            answer = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
-        except (RayError, RayServeException) as error:
-            raise NotReady(LOST) from error
-        if isinstance(answer, LorafleetError):
-            raise answer
-        assert isinstance(answer, GenerationResult)
-        return answer
-
-    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        response: Any = self._replicas.options(stream=True).stream.remote(work, timeout_s, logs.caller())
-        is_over = False
-        try:
-            async for answer in response:
-                if isinstance(answer, LorafleetError):
-                    raise answer
-                yield answer
-            is_over = True
-        except (RayError, RayServeException) as error:
-            raise NotReady(LOST) from error
-        finally:
-            if not is_over:
-                response.cancel()
-
-    async def push(self, name: str, handed_in: str) -> Manifest:
-        try:
-            answer = await self._replicas.push.remote(name, handed_in)
-        except (RayError, RayServeException) as error:
-            raise NotReady(LOST) from error
-        if isinstance(answer, LorafleetError):
-            raise answer
-        assert isinstance(answer, Manifest)
-        return answer
-
-
 @serve.deployment
 @serve.ingress()
 class Gateway:
@@ -284,11 +218,14 @@ class Gateway:
         logs.log_to_stderr(settings.log_level, settings.log_format)
         tracing.start(settings, "gateway")
         recorder = RayRecorder()
-        least = settings.replicas if settings.scaling is None else settings.scaling.min_replicas
-        backend = ReplicaBackend(replicas, least)
-        self._app = create_app(settings, backend, adds_request_id=False, recorder=recorder)
+        self._backend = ReplicaBackend(replicas, settings, recorder)
+        self._app = create_app(settings, self._backend, adds_request_id=False, recorder=recorder)
         recorder.sample(self._app.state.service.measure)
         recorder.sample(self._app.state.jobs.measure)
+
+    async def __del__(self) -> None:
+        """Serve's, once the last request has its answer."""
+        await self._backend.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -303,8 +240,7 @@ def build(settings: ServeSettings, *, replica_gpus: float, replica_threads: int)
     live = settings.live.model_dump(mode="json")
     scaling = settings.scaling
     router: dict[str, Any] = {
-        "request_router_class": f"{AdapterRouter.__module__}:{AdapterRouter.__qualname__}",
-        "request_router_kwargs": settings.routing.model_dump(include={"policy", "slot_s", "host_s"}),
+        "request_router_class": f"{ReplicaWatch.__module__}:{ReplicaWatch.__qualname__}",
         "request_routing_stats_period_s": settings.routing.stats_every_s,
     }
     replicas = Replica.options(  # type: ignore[attr-defined]

@@ -71,6 +71,7 @@ KINDS: Final[dict[str, type[Event]]] = {
     "retrying": Retrying,
     "done": Done,
 }
+PICTURES: Final = frozenset({"png", "preview"})
 _NAMES: Final = {kind: name for name, kind in KINDS.items()}
 
 
@@ -78,19 +79,25 @@ def name_of(event: Event) -> str:
     return _NAMES[type(event)]
 
 
-def to_json(event: Event) -> dict[str, Any]:
-    """Its name as `type`, its fields, pictures in base64; a preview only where there is one."""
+def to_fields(event: Event) -> dict[str, Any]:
+    """Its name as `type` and its fields, pictures as bytes; a preview only where there is one."""
     values = {part.name: getattr(event, part.name) for part in fields(event)}
-    encoded = {
-        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value for key, value in values.items()
+    return {"type": name_of(event), **{key: value for key, value in values.items() if value is not None}}
+
+
+def from_fields(content: Mapping[str, Any]) -> Event:
+    """What `to_fields` told."""
+    return KINDS[content["type"]](**{key: value for key, value in content.items() if key != "type"})
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """As `to_fields`, pictures in base64."""
+    return {
+        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        for key, value in to_fields(event).items()
     }
-    return {"type": name_of(event), **{key: value for key, value in encoded.items() if value is not None}}
 
 
 def from_json(content: Mapping[str, Any]) -> Event:
     """What `to_json` wrote."""
-    values = {key: value for key, value in content.items() if key != "type"}
-    for key in ("png", "preview"):
-        if key in values:
-            values[key] = base64.b64decode(values[key])
-    return KINDS[content["type"]](**values)
+    return from_fields({key: base64.b64decode(value) if key in PICTURES else value for key, value in content.items()})

@@ -7,7 +7,8 @@ from typing import Final
 
 from lorafleet.core.errors import IdempotencyConflict
 from lorafleet.serve.cache import size_of
-from lorafleet.serve.runs import Run, fold
+from lorafleet.serve.result import fold
+from lorafleet.serve.runs import Run
 from lorafleet.serve.terms import KEY_HEADER
 
 MAX_KEYS: Final = 10_000

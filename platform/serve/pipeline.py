@@ -6,7 +6,9 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from PIL import Image
@@ -41,6 +43,7 @@ from lorafleet.serve.result import GenerationResult, ModelInfo
 from lorafleet.serve.work import Work, WorkAdapter
 
 PROGRESS_S: Final = 0.25  # between two events of a download
+ENCODERS: Final = 4  # threads that make PNGs
 OnStep = Callable[[int, int], None]
 """Called after each evaluation of the UNet with (done, total), over all images of the request."""
 
@@ -68,10 +71,11 @@ class Pipeline:
         )
         self._targets = targets_of(base) if self.engine.bank is None else self.engine.bank.targets
         self._versions = versions()
+        self._encoders = ThreadPoolExecutor(ENCODERS, "png")
         self._is_started = False
 
     def start(self) -> Self:
-        """Gives the engine its own thread, which `generate_async` needs."""
+        """Gives the engine its own thread, which `stream` needs."""
         self.engine.start()
         self._is_started = True
         return self
@@ -87,6 +91,7 @@ class Pipeline:
     def close(self) -> None:
         """Stops the engine after the step that is running; requests that are not done fail with NotReady."""
         self.engine.close()
+        self._encoders.shutdown()
         if self._downloads is not None:
             self._downloads.close()
 
@@ -102,67 +107,71 @@ class Pipeline:
         for download in self._missing(work):
             download.file.result()
         progress = None if on_step is None else _Progress(on_step, images=work.request.num_images)
-        handles = self._submit(work, deadline, lambda _: progress)
+        handles = self._submit(work, deadline, lambda *_: progress)
         try:
             if not self._is_started:
                 self.engine.run_until_idle()
-            return self._result(work, handles, [handle.result() for handle in handles])
+            results = [handle.result() for handle in handles]
+            seeds = [handle.job.seed for handle in handles]
+            made = list(self._encoders.map(lambda seed, result: self._made(work, seed, result), seeds, results))
+            return GenerationResult(
+                images=[each.png for each in made],
+                seeds=seeds,
+                timings=_last(made),
+                warnings=self._warnings(results[0]),
+            )
         finally:
             _cancel(handles)
 
-    async def generate_async(
-        self, asked: GenerationRequest | Work, *, deadline: float | None = None
-    ) -> GenerationResult:
-        """As `generate`, leaving the event loop free. Cancelling it calls the images off within one step."""
-        work = self._work(asked)
-        async for _ in self._fetch(work, deadline):
-            pass
-        handles = self._submit(work, deadline, lambda _: None)
-        try:
-            images = await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
-            return await asyncio.to_thread(self._result, work, handles, images)
-        finally:
-            _cancel(handles)
-
-    async def stream(self, work: Work, *, deadline: float | None = None) -> AsyncGenerator[events.Event]:
-        """As `generate_async`, telling what happens; images come as they are done. Closing it calls the rest off."""
+    async def stream(
+        self, work: Work, *, deadline: float | None = None, is_detailed: bool = True
+    ) -> AsyncGenerator[events.Event]:
+        """As `generate`, leaving the event loop free and telling what happens; images come as they are done. Without
+        details, nothing but the images and the end. Closing it calls off, within one step, what is not done."""
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        inbox: asyncio.Queue[tuple[int, Event | _Made | Exception]] = asyncio.Queue()
 
-        def listen(image: int) -> Callable[[Event], None]:
+        def tell(image: int, said: Event | _Made | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(inbox.put_nowait, (image, said))
 
+        def encode(image: int, seed: int, result: ImageResult) -> None:
+            try:
+                tell(image, self._made(work, seed, result))
+            except Exception as error:  # whoever waits gets it
+                tell(image, error)
+
+        def listen(image: int, seed: int) -> Callable[[Event], None]:
             def on_event(event: Event) -> None:
-                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                    loop.call_soon_threadsafe(inbox.put_nowait, (image, event))
+                if isinstance(event, Finished):
+                    self._encoders.submit(encode, image, seed, event.result)
+                elif is_detailed or isinstance(event, Failed):
+                    tell(image, event)
 
             return on_event
 
         async for downloading in self._fetch(work, deadline):
-            yield downloading
+            if is_detailed:
+                yield downloading
         handles = self._submit(work, deadline, listen)
-        results: list[ImageResult] = []
+        made: list[_Made] = []
         previews = [0] * len(handles)
-        encoding_s = 0.0
         try:
-            while len(results) < len(handles):
-                image, event = await inbox.get()
-                match event:
+            while len(made) < len(handles):
+                image, said = await inbox.get()
+                match said:
                     case Started():
                         yield events.Started(image)
                     case Step(done, total, preview):
                         is_wanted = preview is not None and done < total and previews[image] < work.previews
                         previews[image] += is_wanted
                         yield events.Step(image, done, total, _png(preview) if preview and is_wanted else None)
-                    case Finished(result):
-                        start = time.monotonic()
-                        seed = handles[image].job.seed
-                        png = await asyncio.to_thread(self._embed, work, seed, result)
-                        encoding_s = time.monotonic() - start
-                        results.append(result)
-                        yield events.Image(image, seed, png)
-                    case Failed(error):
+                    case _Made():
+                        made.append(said)
+                        yield events.Image(image, said.seed, said.png)
+                    case Failed(error) | (Exception() as error):
                         raise error
-            yield events.Done(_timings(results, encoding_s), self._warnings(results[0]))
+            yield events.Done(_last(made), self._warnings(made[0].result))
         finally:
             _cancel(handles)
 
@@ -206,8 +215,9 @@ class Pipeline:
         return JobAdapter(adapter.key, adapter.weight, load)
 
     def _submit(
-        self, work: Work, deadline: float | None, listener: Callable[[int], Callable[[Event], None] | None]
+        self, work: Work, deadline: float | None, listener: Callable[[int, int], Callable[[Event], None] | None]
     ) -> list[Handle]:
+        """`listener` gets the number of each image and its seed."""
         request, start = work.request, work.start
         first_seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         more: dict[str, Any] = {
@@ -216,19 +226,20 @@ class Pipeline:
         }
         if start is not None:
             more |= {"init_image": _picture(start.image), "mask": _picture(start.mask), "strength": start.strength}
+        seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(request.num_images)]
         handles = [
-            self.engine.submit(Job(request, (first_seed + i) % (MAX_SEED + 1), deadline, on_event=listener(i), **more))
-            for i in range(request.num_images)
+            self.engine.submit(Job(request, seed, deadline, on_event=listener(i, seed), **more))
+            for i, seed in enumerate(seeds)
         ]
         tracing.follow(handles, work)
         return handles
 
-    def _result(self, work: Work, handles: Sequence[Handle], results: Sequence[ImageResult]) -> GenerationResult:
+    def _made(self, work: Work, seed: int, result: ImageResult) -> "_Made":
         start = time.monotonic()
-        seeds = [handle.job.seed for handle in handles]
-        images = [self._embed(work, seed, result) for seed, result in zip(seeds, results, strict=True)]
-        timings = _timings(results, time.monotonic() - start)
-        return GenerationResult(images=images, seeds=seeds, timings=timings, warnings=self._warnings(results[0]))
+        png = self._embed(work, seed, result)
+        encoding_s = time.monotonic() - start
+        more = {name: result.timings[name] + encoding_s for name in ("decode_s", "total_s")}
+        return _Made(seed, result, png, {**result.timings, **more})
 
     def _warnings(self, result: ImageResult) -> list[str]:
         return [
@@ -257,6 +268,16 @@ class Pipeline:
             adapters=[adapter.use for adapter in work.adapters],
         )
         return embed(result.image, recipe)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """`timings`: making the PNG counts as decoding."""
+
+    seed: int
+    result: ImageResult
+    png: bytes
+    timings: dict[str, float]
 
 
 class _Progress:
@@ -294,12 +315,9 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _timings(results: Sequence[ImageResult], encoding_s: float) -> dict[str, float]:
-    """Of the image that was done last; making a PNG of it counts as decoding."""
-    timings = dict(max((result.timings for result in results), key=lambda timings: timings["total_s"]))
-    timings["decode_s"] += encoding_s
-    timings["total_s"] += encoding_s
-    return timings
+def _last(made: Sequence[_Made]) -> dict[str, float]:
+    """The timings of the image that was done last."""
+    return dict(max((each.timings for each in made), key=lambda timings: timings["total_s"]))
 
 
 def _cancel(handles: Sequence[Handle]) -> None:

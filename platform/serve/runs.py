@@ -8,8 +8,8 @@ from typing import Self
 
 from lorafleet.core.errors import GenerationFailed
 from lorafleet.serve import logs
-from lorafleet.serve.events import Done, Event, Image, Queued
-from lorafleet.serve.result import GenerationResult
+from lorafleet.serve.events import Done, Event, Queued
+from lorafleet.serve.result import GenerationResult, fold
 
 
 class Run:
@@ -115,16 +115,3 @@ class Run:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def fold(events: list[Event]) -> GenerationResult:
-    """The result that the events of good work tell."""
-    images = {event.image: event for event in events if isinstance(event, Image)}
-    (done,) = (event for event in events if isinstance(event, Done))
-    in_order = [images[number] for number in sorted(images)]
-    return GenerationResult(
-        images=[event.png for event in in_order],
-        seeds=[event.seed for event in in_order],
-        timings=done.timings,
-        warnings=done.warnings,
-    )

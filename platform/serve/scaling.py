@@ -11,6 +11,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from lorafleet.serve.config import ScalingSettings
 
 BACKLOG: Final = "backlog_s"  # what replicas report
+IN_FLIGHT: Final = "in_flight"
 REPORT_S: Final = 1.0
 LOOK_BACK_S: Final = 5.0
 
@@ -22,10 +23,11 @@ class BacklogPolicy:
         self._backlog_s = backlog_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        reported = (context.aggregated_metrics or {}).get(BACKLOG, {})
-        wanted = sum(reported.values()) / self._backlog_s
-        # The last one stays while anything is in flight, however short.
-        return max(wanted, 1.0 if context.total_num_requests > 0 else 0.0), {}
+        reported = context.aggregated_metrics or {}
+        wanted = sum(reported.get(BACKLOG, {}).values()) / self._backlog_s
+        # The last one stays while anything is in flight, however short; and where there is none, somebody asks for one.
+        is_needed = sum(reported.get(IN_FLIGHT, {}).values()) > 0 or context.total_num_requests > 0
+        return max(wanted, 1.0 if is_needed else 0.0), {}
 
 
 def autoscaling(settings: ScalingSettings, initial_replicas: int) -> AutoscalingConfig:

@@ -41,11 +41,11 @@ from lorafleet.serve import logs
 from lorafleet.serve.admission import Admission, Place
 from lorafleet.serve.cache import make_cache
 from lorafleet.serve.config import LiveSettings, ServeSettings
-from lorafleet.serve.events import Done, Event, Image, Queued, Retrying
+from lorafleet.serve.events import Event, Image, Queued, Retrying
 from lorafleet.serve.fleet import open_fleet
 from lorafleet.serve.idempotency import RememberedRuns
 from lorafleet.serve.pictures import Upload, prepare
-from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.result import GenerationResult, ModelInfo, told
 from lorafleet.serve.runs import Run
 from lorafleet.serve.terms import Terms
 from lorafleet.serve.work import Start, Work, WorkAdapter
@@ -152,10 +152,11 @@ class Service:
         Raises Overloaded or IdempotencyConflict. The caller holds the run and lets it go.
         """
         logs.note_adapters(work)
-        fingerprint, asked = self.fingerprint(work), self.asked_fingerprint(work)
+        asked = "" if terms.key is None else self.asked_fingerprint(work)
         if terms.key is not None and (run := self._remembered.find(terms.key, asked)):
             return run
         is_cachable = work.is_seeded and self.settings.cache.max_bytes > 0
+        fingerprint = self.fingerprint(work) if is_cachable else ""
         cached = None
         if is_cachable and terms.uses_cache:
             cached = await self._cache.get(fingerprint)
@@ -163,7 +164,7 @@ class Service:
         if terms.key is not None and (run := self._remembered.find(terms.key, asked)):  # begun meanwhile
             return run
         if cached is not None:
-            run = Run(_told(cached), is_cached=True)
+            run = Run(_as_events(cached), is_cached=True)
             self._count_adapters(work, "cached")
         else:
             timeout_s = self._request_timeout_s
@@ -348,16 +349,15 @@ class Service:
                 result = await self._backend.generate(work, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"the images were not done in {timeout_s:g} seconds") from None
-        async for event in _told(result):
+        async for event in _as_events(result):
             yield event
 
 
-async def _told(result: GenerationResult) -> AsyncGenerator[Event]:
+async def _as_events(result: GenerationResult) -> AsyncGenerator[Event]:
     """A result as the events that tell it."""
     yield Queued()
-    for number, (png, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-        yield Image(number, seed, png)
-    yield Done(result.timings, result.warnings)
+    for event in told(result):
+        yield event
 
 
 def _check_start(start: Start | None, expected: RecipeStart) -> None:

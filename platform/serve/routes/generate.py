@@ -4,7 +4,7 @@ import base64
 from typing import Final
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.serve import sse
@@ -59,7 +59,7 @@ def add(app: FastAPI, service: Service) -> None:
             timings=result.timings,
             warnings=result.warnings,
         )
-        return JSONResponse(reply.model_dump(), headers=headers_of(result))
+        return Response(reply.model_dump_json(), media_type=JSON, headers=headers_of(result))
 
 
 def headers_of(result: GenerationResult) -> dict[str, str]:

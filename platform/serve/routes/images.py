@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.serve import sse
@@ -71,7 +71,7 @@ async def _answer(service: Service, terms: Terms, body: ImagesFields, upload: Up
         data=[ImageData(b64_json=base64.b64encode(png).decode()) for png in result.images],
         size=_size(work),
     )
-    return JSONResponse(reply.model_dump(), headers=headers_of(result))
+    return Response(reply.model_dump_json(), media_type="application/json", headers=headers_of(result))
 
 
 def _upload(body: EditsBody, files: Files) -> Upload:

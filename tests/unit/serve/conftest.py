@@ -18,7 +18,7 @@ from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
-from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.result import GenerationResult, ModelInfo, fold
 from lorafleet.serve.service import Backend
 from lorafleet.serve.work import Work
 
@@ -63,7 +63,8 @@ class LocalBackend:
         return self._pipeline.model
 
     async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        return await self._pipeline.generate_async(work, deadline=time.monotonic() + timeout_s)
+        events = self._pipeline.stream(work, deadline=time.monotonic() + timeout_s, is_detailed=False)
+        return fold([event async for event in events])
 
     def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         return self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)

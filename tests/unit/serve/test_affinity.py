@@ -70,11 +70,11 @@ def test_an_adapter_that_nobody_has_goes_to_the_same_replica_whoever_asks() -> N
 def test_what_was_sent_counts_before_the_replica_says_so() -> None:
     affinity = told()
     first = affinity.rank(REPLICAS, work(1))[0][0]
-    affinity.sent("r1", first, work(1))
+    affinity.sent(1, first, work(1))
     assert affinity.rank(REPLICAS, work(1)) == (affinity.rank(REPLICAS, work(1))[0], "slot")
     assert affinity.rank(REPLICAS, work(1))[0][0] == first
-    affinity.ended("r1")
-    affinity.ended("r1")
+    affinity.ended(1)
+    affinity.ended(1)
     assert affinity.rank(REPLICAS, work(1))[1] == "slot"  # it is there until a report says otherwise
     affinity.update({replica: has(slots=(9,)).to_json() for replica in REPLICAS})
     assert affinity.rank(REPLICAS, work(1))[1] == "cold"
@@ -84,17 +84,17 @@ def test_work_without_adapters_goes_where_least_is_in_front() -> None:
     affinity = told(a=has(backlog_s=1), b=has(backlog_s=0.5), c=has(backlog_s=2))
     assert affinity.rank(REPLICAS, work()) == (["b", "a", "c"], "none")
     for i in range(30):
-        affinity.sent(str(i), "b", work(steps=10))
+        affinity.sent(i, "b", work(steps=10))
     assert affinity.rank(REPLICAS, work())[0][-1] == "b"
     for i in range(30):
-        affinity.ended(str(i))
+        affinity.ended(i)
     assert affinity.rank(REPLICAS, work())[0][0] == "b"
 
 
 def test_work_that_is_sent_elsewhere_is_counted_there_alone() -> None:
     affinity = told(a=has(), b=has(), c=has(backlog_s=99))
-    affinity.sent("r1", "a", work(steps=100))
-    affinity.sent("r1", "b", work(steps=100))
+    affinity.sent(1, "a", work(steps=100))
+    affinity.sent(1, "b", work(steps=100))
     assert affinity.rank(REPLICAS, work())[0][:2] == ["a", "b"]
 
 

@@ -24,7 +24,7 @@ from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
-from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.result import GenerationResult, ModelInfo, fold
 from lorafleet.serve.work import Work
 
 KEY = "open-sesame-open-sesame"
@@ -62,7 +62,7 @@ class SketchBackend:
         return self._pipeline.model
 
     async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        return await self._pipeline.generate_async(self._sketch(work))
+        return fold([event async for event in self._pipeline.stream(self._sketch(work), is_detailed=False)])
 
     def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
         return self._pipeline.stream(self._sketch(work))

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -174,3 +175,25 @@ def test_sigterm_ends_everything_cleanly(service: Service) -> None:
         assert probe.connect_ex((parts.hostname, parts.port)) != 0
     log = (service.home / "serve.log").read_text()
     assert "Traceback" not in log, log
+
+
+@pytest.mark.nightly
+def test_nobody_asks_nothing_runs_and_the_first_request_starts_a_replica() -> None:
+    settings = ("min_replicas=0", "max_replicas=1", "downscale_delay_s=2", "upscale_delay_s=0")
+    with running_service(*(word for setting in settings for word in ("--set", f"scaling.{setting}"))) as service:
+
+        def replicas() -> int:
+            commands = [child.cmdline() for child in psutil.Process(service.process.pid).children(recursive=True)]
+            return sum(":Replica" in " ".join(command) for command in commands)
+
+        deadline = time.monotonic() + 60
+        while replicas():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with httpx.Client(base_url=service.url, timeout=120) as http:
+            for _ in range(5):
+                assert http.get("/readyz").json()["status"] == "ready"
+                time.sleep(1)
+            assert not replicas()  # to ask whether it is ready wakes nobody
+            assert http.post("/generate", json={"prompt": "red apple", "steps": 2}).status_code == 200
+            assert replicas() == 1

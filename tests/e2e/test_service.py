@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -183,8 +182,7 @@ def test_nobody_asks_nothing_runs_and_the_first_request_starts_a_replica() -> No
     with running_service(*(word for setting in settings for word in ("--set", f"scaling.{setting}"))) as service:
 
         def replicas() -> int:
-            commands = [child.cmdline() for child in psutil.Process(service.process.pid).children(recursive=True)]
-            return sum(":Replica" in " ".join(command) for command in commands)
+            return sum(":Replica" in command for command in processes_of(service.home))
 
         deadline = time.monotonic() + 60
         while replicas():

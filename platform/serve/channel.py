@@ -15,7 +15,7 @@ import os
 import secrets
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
@@ -110,8 +110,8 @@ class Receiver:
         await self._runner.cleanup()
 
     async def _answer(self, http: web.Request) -> web.StreamResponse:
-        given = http.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+        given = http.headers.get("authorization", "").encode(errors="replace")
+        if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
             return web.Response(status=401)
         order = Order.from_json(await http.json())
         if self._is_draining:
@@ -135,9 +135,10 @@ class Receiver:
         return reply
 
     async def _show_life(self, reply: web.StreamResponse) -> None:
-        while True:
-            await asyncio.sleep(self._sign_of_life_s)
-            await reply.write(SIGN_OF_LIFE)
+        with suppress(ConnectionError):  # who waited has left, which ends the work by itself
+            while True:
+                await asyncio.sleep(self._sign_of_life_s)
+                await reply.write(SIGN_OF_LIFE)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

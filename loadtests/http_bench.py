@@ -3,7 +3,8 @@
 `plane_p50_ms` is what HTTP, gateway, routing and the way to the replica and back add: a request's latency less the
 `total_s` that the replica tells, seen by a client that does next to nothing itself (http.client of Python). Beside it
 stand lorafleet.client, which adds its own time, the gateway alone (/healthz) and a question to a replica by Ray Serve
-(/readyz). A service that is started here is measured twice: as it is, and with `direct_ingress=false` behind Ray's proxy.
+(/readyz). A service that is started here is measured twice: as it is, and with `direct_ingress=false` behind Ray's
+proxy.
 
 make bench-http ARGS="--requests 40 --concurrency 4 --steps 20"
 """

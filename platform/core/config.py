@@ -81,6 +81,17 @@ def ray_address(environ: Mapping[str, str] | None = None) -> str | None:
     return (os.environ if environ is None else environ).get("RAY_ADDRESS") or None
 
 
+def ray_tls(environ: Mapping[str, str] | None = None) -> tuple[str, str, str] | None:
+    """The files of Ray's own certificate authority, certificate and key, where its connections are encrypted.
+
+    Raises KeyError for one that Ray could not do without either.
+    """
+    known = os.environ if environ is None else environ
+    if known.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    return known["RAY_TLS_CA_CERT"], known["RAY_TLS_SERVER_CERT"], known["RAY_TLS_SERVER_KEY"]
+
+
 def required(environ: Mapping[str, str] | None = None) -> frozenset[str]:
     """Names in LORAFLEET_REQUIRE: optional things whose absence must fail a test instead of skipping it."""
     value = (os.environ if environ is None else environ).get("LORAFLEET_REQUIRE", "")

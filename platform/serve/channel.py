@@ -11,7 +11,6 @@ certificates.
 
 import asyncio
 import hmac
-import os
 import secrets
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any, Final, Self
 import msgpack
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
+from lorafleet.core.config import ray_tls
 from lorafleet.core.errors import LorafleetError, NotReady, by_code
 from lorafleet.serve import events, logs
 from lorafleet.serve.events import Done, Event
@@ -218,10 +218,12 @@ async def _unpacked(chunks: AsyncIterator[bytes]) -> AsyncGenerator[Event]:
 
 def _tls(purpose: ssl.Purpose) -> ssl.SSLContext | None:
     """With Ray's certificates, if its own connections are encrypted; each end shows one that the other's CA knows."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+    files = ray_tls()
+    if files is None:
         return None
-    context = ssl.create_default_context(purpose, cafile=os.environ["RAY_TLS_CA_CERT"])
-    context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+    authority, certificate, key = files
+    context = ssl.create_default_context(purpose, cafile=authority)
+    context.load_cert_chain(certificate, key)
     context.check_hostname = False  # Ray's certificates name what they like; the CA is the cluster's own
     context.verify_mode = ssl.CERT_REQUIRED
     return context

@@ -35,6 +35,9 @@ endif
 
 nightly: .venv/dev ## the long tests (200 mixes against diffusers and PEFT, killed trainers, whole evaluations, images): an hour
 	$(BIN)/python -m pytest -m nightly $(ARGS)
+ifeq ($(ARGS),)
+	SERVICE_WAY=direct $(BIN)/python -m pytest -m "service and not nightly" tests/integration
+endif
 
 check: .venv/dev ## formatting, lint, types, directions of imports
 	$(BIN)/ruff format --check .

@@ -26,7 +26,8 @@ from lorafleet.serve.launch import running_service
 RAY_REPORTS_EVERY_MS = "RAY_metrics_report_interval_ms"
 ADMIN_KEY = "open-sesame-open-sesame"
 SETTINGS = {
-    "direct_ingress": False,  # by Ray's proxy, as in a cluster; the other way: tests/e2e
+    # By Ray's proxy, as in a cluster; the other way: tests/e2e, and all of these in `make nightly`.
+    "direct_ingress": os.environ.get("SERVICE_WAY") == "direct",
     "max_queued": 2,
     "request_timeout_s": 15.0,
     "replica_cpus": 0.2,

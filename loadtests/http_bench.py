@@ -84,11 +84,10 @@ def over_http(url: str, wanted: list[GenerationRequest], concurrency: int) -> di
 def plain(url: str) -> Callable[[GenerationRequest], Made]:
     """Asks over one connection per thread."""
     kept = threading.local()
-    address = urlsplit(url)
 
     def generate(request: GenerationRequest) -> Made:
         if not hasattr(kept, "connection"):
-            kept.connection = http.client.HTTPConnection(address.hostname or "", address.port)
+            kept.connection = connection_to(url)
         body = request.model_dump_json(exclude_defaults=True)
         kept.connection.request("POST", "/generate", body, {"content-type": "application/json"})
         reply = kept.connection.getresponse()
@@ -100,10 +99,14 @@ def plain(url: str) -> Callable[[GenerationRequest], Made]:
     return generate
 
 
+def connection_to(url: str) -> http.client.HTTPConnection:
+    address = urlsplit(url)
+    return http.client.HTTPConnection(address.hostname or "", address.port)
+
+
 def without_work(url: str, path: str) -> dict[str, float]:
     latencies_s = []
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port)
+    connection = connection_to(url)
     for _ in range(WITHOUT_WORK + 1):  # the first one warms up
         start = time.perf_counter()
         connection.request("GET", path)

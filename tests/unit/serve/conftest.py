@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -73,6 +74,25 @@ class LocalBackend:
         return await asyncio.to_thread(self._pipeline.push, name, handed_in)
 
     is_asleep = False
+
+
+@pytest.fixture(scope="session")
+def manifest_of() -> Callable[[str, str], Manifest]:
+    """Of an adapter that nobody looks into, by its name and version."""
+
+    def make(name: str, version: str) -> Manifest:
+        return Manifest(
+            format="peft",
+            rank=4,
+            modules={"unet": 1},
+            fits_fingerprint="f",
+            name=name,
+            version=version,
+            size_bytes=1,
+            pushed_at=datetime(2026, 1, 1, tzinfo=UTC),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
 """Which replica gets a piece of work, with real connections to replicas that make nothing."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,16 +21,6 @@ from lorafleet.serve.events import Done, Event, Image, Started
 from lorafleet.serve.work import Work, WorkAdapter
 
 KEY = "ab" * 32
-MANIFEST = Manifest(
-    format="peft",
-    rank=4,
-    modules={"unet": 1},
-    fits_fingerprint="f",
-    name="style",
-    version=KEY,
-    size_bytes=1,
-    pushed_at=datetime(2026, 1, 1, tzinfo=UTC),
-)
 PLAIN = Work(GenerationRequest(prompt="x", seed=1, width=64, height=64))
 
 
@@ -88,11 +77,11 @@ def run(check: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(check, 20))
 
 
-def test_work_goes_where_its_adapters_are() -> None:
+def test_work_goes_where_its_adapters_are(manifest_of: Callable[[str, str], Manifest]) -> None:
     async def check() -> None:
         async with replicas("a", "b") as (backend, _, (a, b)):
             directory.note({"a": a.known(), "b": b.known(KEY)})
-            work = Work(PLAIN.request, adapters=(WorkAdapter(MANIFEST, 1.0),))
+            work = Work(PLAIN.request, adapters=(WorkAdapter(manifest_of("style", KEY), 1.0),))
             assert (await backend.generate(work, 10)).images == [b"b"]
             directory.note({"a": a.known(KEY), "b": b.known()})
             assert (await backend.generate(work, 10)).images == [b"a"]

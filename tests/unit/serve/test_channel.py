@@ -1,6 +1,6 @@
 import asyncio
 import subprocess
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -24,26 +24,8 @@ EVENTS: list[Event] = [
     Image(0, 2**32 - 1, PNG),
     Done({"total_s": 0.25}, ["a warning, ä"]),
 ]
-MANIFEST = Manifest(
-    format="peft",
-    rank=4,
-    modules={"unet": 1},
-    fits_fingerprint="f",
-    name="style",
-    version="ab" * 32,
-    size_bytes=3,
-    pushed_at="2026-11-28T00:00:00Z",
-)
-ORDER = Order(
-    Work(
-        GenerationRequest(prompt="red apple", width=64, height=64, seed=1),
-        Start(b"picture", None, RecipeStart(image="ef" * 32, strength=0.5)),
-        adapters=(WorkAdapter(MANIFEST, 0.8, "production", is_split=True),),
-    ),
-    timeout_s=60.0,
-    is_detailed=True,
-    caller={"request_id": "r1"},
-)
+REQUEST = GenerationRequest(prompt="red apple", width=64, height=64, seed=1)
+ORDER = Order(Work(REQUEST), timeout_s=60.0, is_detailed=True)
 
 
 def handler_of(*said: Event | LorafleetError, taken: list[Order] | None = None) -> Handler:
@@ -66,18 +48,22 @@ async def ends(handler: Handler, **settings: float) -> AsyncIterator[tuple[Recei
         await receiver.close()
 
 
-async def sent(sender: Sender, address: Address) -> list[Event]:
-    async with aclosing(sender.send(ORDER, address)) as events:
+async def sent(sender: Sender, address: Address, order: Order = ORDER) -> list[Event]:
+    async with aclosing(sender.send(order, address)) as events:
         return [event async for event in events]
 
 
-def test_work_arrives_and_its_events_come_back() -> None:
+def test_work_arrives_and_its_events_come_back(manifest_of: Callable[[str, str], Manifest]) -> None:
+    adapter = WorkAdapter(manifest_of("style", "ab" * 32), 0.8, "production", is_split=True)
+    start = Start(b"picture", None, RecipeStart(image="ef" * 32, strength=0.5))
+    order = Order(Work(REQUEST, start, adapters=(adapter,)), 60.0, is_detailed=True, caller={"request_id": "r1"})
+
     async def check() -> None:
         taken: list[Order] = []
         async with ends(handler_of(*EVENTS, taken=taken)) as (_, sender, address):
-            assert await sent(sender, address) == EVENTS
-            assert await sent(sender, address) == EVENTS  # over the same connection
-        assert taken == [ORDER, ORDER]
+            assert await sent(sender, address, order) == EVENTS
+            assert await sent(sender, address, order) == EVENTS  # over the same connection
+        assert taken == [order, order]
 
     asyncio.run(check())
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import threading
 from collections.abc import AsyncGenerator, Callable, MutableMapping
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -135,23 +134,14 @@ class Quick(Failing):
         return GenerationResult(images=[b"png"], seeds=[7], timings={}, warnings=[])
 
 
-def work_with(number: int) -> Work:
-    """Work with the adapter of that number."""
-    manifest = Manifest(
-        format="peft",
-        rank=4,
-        modules={"unet": 1},
-        fits_fingerprint="f",
-        name=f"adapter-{number}",
-        version=hashlib.sha256(str(number).encode()).hexdigest(),
-        size_bytes=1,
-        pushed_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
-    request = GenerationRequest(prompt="x", width=64, height=64, seed=number)
-    return Work(request, adapters=(WorkAdapter(manifest, 1.0),))
+def test_the_versions_that_served_are_told_apart_up_to_a_number(
+    pipeline: Pipeline, kept: Any, manifest_of: Callable[[str, str], Manifest]
+) -> None:
+    def work_with(number: int) -> Work:
+        manifest = manifest_of(f"adapter-{number}", hashlib.sha256(str(number).encode()).hexdigest())
+        request = GenerationRequest(prompt="x", width=64, height=64, seed=number)
+        return Work(request, adapters=(WorkAdapter(manifest, 1.0),))
 
-
-def test_the_versions_that_served_are_told_apart_up_to_a_number(pipeline: Pipeline, kept: Any) -> None:
     async def ask() -> None:
         service = Service(ServeSettings(), Quick(pipeline.model), error_body, kept)
         for number in (*range(MAX_COUNTED_ADAPTERS + 5), 3, MAX_COUNTED_ADAPTERS):

@@ -1,7 +1,6 @@
 """Pictures under the hash of all that decides them: none is made twice, and a half-written one is never seen."""
 
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -15,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorafleet.core.errors import DataUnreadable, StorageUnavailable
 from lorafleet.core.pictures import BadPicture, decode, on_white
-from lorafleet.core.recipe import COMPRESSION
+from lorafleet.core.png import encode_png
 
 CHUNK: Final = "lorafleet-eval"
 MAX_PIXELS: Final = 64_000_000
@@ -45,12 +44,11 @@ class ImageStore:
         """Whole or not at all; the first one stays. Raises StorageUnavailable."""
         info = PngInfo()
         info.add_itxt(CHUNK, json.dumps({**about, "seconds": drawn.seconds}, ensure_ascii=False, default=str))
-        stream = io.BytesIO()
-        drawn.image.convert("RGB").save(stream, "PNG", pnginfo=info, **COMPRESSION)
+        data = encode_png(drawn.image, info)
         path = self.path(key)
         if path.is_file():
             return
-        write_atomically(path, stream.getvalue())
+        write_atomically(path, data)
 
     def seconds(self, key: str) -> float:
         """What `put` was told."""

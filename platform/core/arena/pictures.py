@@ -1,10 +1,8 @@
 """Pictures without anything that says who made them."""
 
-import io
-
 from lorafleet.core.errors import InvalidRequest
 from lorafleet.core.pictures import BadPicture, decode, on_white
-from lorafleet.core.recipe import COMPRESSION
+from lorafleet.core.png import encode_png
 
 
 def anonymous(data: bytes) -> bytes:
@@ -13,10 +11,6 @@ def anonymous(data: bytes) -> bytes:
     Raises InvalidRequest for what is no picture.
     """
     try:
-        pixels = on_white(decode(data))
+        return encode_png(on_white(decode(data)))
     except BadPicture as error:
         raise InvalidRequest(f"a picture for the arena {error}.", param="picture") from error
-    pixels.info = {}
-    buffer = io.BytesIO()
-    pixels.save(buffer, "PNG", **COMPRESSION)
-    return buffer.getvalue()

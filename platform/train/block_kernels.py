@@ -5,13 +5,14 @@ The compiler's own are slow here: one H200, SDXL at batch 8, group norms of imag
 took 26 of a step's 343 ms, and the gated GELU's backward 23, where reading and writing once takes 4 and 9.
 
 A group norm's weights are frozen, so that of its gradients only dx is wanted. Images are [B, P, C] in memory, P pixels;
-sums and moments are float32. Each channel gets moments of its own for each of some parts of the image, and those of a
-group follow: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+sums and moments are float32.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from lorafleet.sdxl.moment_kernels import channel_moments
 
 # The quickest settings found on one H200 for SDXL at batch 16.
 SUMS = {"PIXELS": 64, "CHANNELS": 64, "num_warps": 4}
@@ -24,36 +25,6 @@ PARTS = 64  # of an image, at most: as many programs a block of channels
 def _silu_slope(z):
     share = tl.sigmoid(z)
     return share * (1 + z * (1 - share))
-
-
-@triton.jit
-def _moments(
-    x_ptr, means_ptr, squares_ptr, pixels, channels, part_pixels,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Of each channel over a part's pixels: its mean, and the sum of squared differences from that."""
-    part, row = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    is_channel = channel < channels
-    x_ptr += row.to(tl.int64) * pixels * channels
-    mean = tl.zeros((CHANNELS,), dtype=tl.float32)
-    squares = tl.zeros((CHANNELS,), dtype=tl.float32)
-    count = 0.0
-    last = tl.minimum((part + 1) * part_pixels, pixels)
-    for start in range(part * part_pixels, last, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)
-        is_here = (pixel < last)[:, None] & is_channel[None, :]
-        x = tl.load(x_ptr + pixel[:, None] * channels + channel[None, :], mask=is_here, other=0.0).to(tl.float32)
-        here = tl.minimum(last - start, PIXELS).to(tl.float32)
-        mean_here = tl.sum(x, axis=0) / here
-        apart = tl.where(is_here, x - mean_here[None, :], 0.0)
-        delta = mean_here - mean
-        squares += tl.sum(apart * apart, axis=0) + delta * delta * (count * here / (count + here))
-        mean += delta * (here / (count + here))
-        count += here
-    at = (row * tl.num_programs(0) + part) * channels + channel
-    tl.store(means_ptr + at, mean, mask=is_channel)
-    tl.store(squares_ptr + at, squares, mask=is_channel)
 
 
 @triton.jit
@@ -221,7 +192,7 @@ def group_norm(
     part_pixels, parts = _parts(pixels)
     means, squares = (torch.empty(rows, parts, channels, device=x.device) for _ in range(2))
     blocks = triton.cdiv(channels, SUMS["CHANNELS"])
-    _moments[(parts, blocks, rows)](x, means, squares, pixels, channels, part_pixels, **SUMS)
+    channel_moments[(parts, blocks, rows)](x, means, squares, pixels, channels, part_pixels, **SUMS)
     moments = torch.empty(rows, groups, 2, device=x.device)
     size = channels // groups
     _group_moments[(groups, rows)](

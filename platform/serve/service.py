@@ -64,11 +64,11 @@ class Backend(Protocol):
     async def model(self) -> ModelInfo:
         """The base that is loaded. Raises NotReady."""
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        """Raises LorafleetError; DeadlineExceeded soon after `timeout_s`. Cancelled, it calls the images off."""
+    def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+        """The images as they are done and, with details, what goes before. Closed, it calls off what is not done.
 
-    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        """As `generate`, event by event; dearer. Closed, it calls off what is not done."""
+        Raises LorafleetError; DeadlineExceeded soon after `timeout_s`.
+        """
 
     async def push(self, name: str, handed_in: str) -> Manifest:
         """Checks what was handed in at the registry against the base, and pushes it. Raises LorafleetError."""
@@ -340,17 +340,12 @@ class Service:
     async def _events(self, work: Work, timeout_s: float, is_detailed: bool) -> AsyncGenerator[Event]:
         try:
             async with asyncio.timeout(timeout_s + DEADLINE_GRACE_S):
-                if is_detailed:
-                    yield Queued()
-                    async with aclosing(self._backend.stream(work, timeout_s)) as events:
-                        async for event in events:
-                            yield event
-                    return
-                result = await self._backend.generate(work, timeout_s)
+                yield Queued()
+                async with aclosing(self._backend.stream(work, timeout_s, is_detailed=is_detailed)) as events:
+                    async for event in events:
+                        yield event
         except TimeoutError:
             raise DeadlineExceeded(f"the images were not done in {timeout_s:g} seconds") from None
-        async for event in _as_events(result):
-            yield event
 
 
 async def _as_events(result: GenerationResult) -> AsyncGenerator[Event]:

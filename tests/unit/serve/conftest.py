@@ -19,7 +19,7 @@ from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
-from lorafleet.serve.result import GenerationResult, ModelInfo, fold
+from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.service import Backend
 from lorafleet.serve.work import Work
 
@@ -63,12 +63,8 @@ class LocalBackend:
     async def model(self) -> ModelInfo:
         return self._pipeline.model
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        events = self._pipeline.stream(work, deadline=time.monotonic() + timeout_s, is_detailed=False)
-        return fold([event async for event in events])
-
-    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        return self._pipeline.stream(work, deadline=time.monotonic() + timeout_s)
+    def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+        return self._pipeline.stream(work, deadline=time.monotonic() + timeout_s, is_detailed=is_detailed)
 
     async def push(self, name: str, handed_in: str) -> Manifest:
         return await asyncio.to_thread(self._pipeline.push, name, handed_in)

@@ -14,7 +14,7 @@ from lorafleet.core.recipe import extract
 from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event, Queued
-from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.routes.generate import preferred_type
 from lorafleet.serve.work import Work
 
@@ -210,10 +210,7 @@ class BrokenBackend:
     async def model(self) -> ModelInfo:
         raise self.error
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        raise self.error
-
-    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+    async def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
         raise self.error
         yield Queued()
 

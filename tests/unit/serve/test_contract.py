@@ -24,7 +24,7 @@ from lorafleet.serve.api import create_app
 from lorafleet.serve.config import ServeSettings
 from lorafleet.serve.events import Event
 from lorafleet.serve.pipeline import Pipeline
-from lorafleet.serve.result import GenerationResult, ModelInfo, fold
+from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.work import Work
 
 KEY = "open-sesame-open-sesame"
@@ -61,11 +61,8 @@ class SketchBackend:
     async def model(self) -> ModelInfo:
         return self._pipeline.model
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        return fold([event async for event in self._pipeline.stream(self._sketch(work), is_detailed=False)])
-
-    def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
-        return self._pipeline.stream(self._sketch(work))
+    def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+        return self._pipeline.stream(self._sketch(work), is_detailed=is_detailed)
 
     async def push(self, name: str, handed_in: str) -> Manifest:
         return await asyncio.to_thread(self._pipeline.push, name, handed_in)

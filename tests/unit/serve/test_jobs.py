@@ -158,10 +158,7 @@ class LosingBackend:
     async def model(self) -> ModelInfo:
         return self._model
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        raise AssertionError
-
-    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+    async def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
         self.calls += 1
         assert work.request.seed is not None
         yield Started(0)

@@ -23,10 +23,10 @@ from lorafleet.serve.api import create_app, error_body
 from lorafleet.serve.config import EngineSettings, ServeSettings
 from lorafleet.serve.engine import Engine, Job, JobAdapter, Observer
 from lorafleet.serve.engine_metrics import EngineMetrics
-from lorafleet.serve.events import Event, Queued
+from lorafleet.serve.events import Done, Event, Image, Queued
 from lorafleet.serve.metrics import RayRecorder
 from lorafleet.serve.pipeline import Pipeline
-from lorafleet.serve.result import GenerationResult, ModelInfo
+from lorafleet.serve.result import ModelInfo
 from lorafleet.serve.service import Service
 from lorafleet.serve.work import Work, WorkAdapter
 
@@ -45,10 +45,9 @@ class Failing:
     async def model(self) -> ModelInfo:
         return self._model
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        raise RuntimeError("of its own")
-
-    async def stream(self, work: Work, timeout_s: float) -> AsyncGenerator[Event]:
+    async def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+        if not is_detailed:
+            raise RuntimeError("of its own")
         yield Queued()
         raise GenerationFailed("no image came out")
 
@@ -130,8 +129,9 @@ def test_what_is_refused_says_why(make_app: MakeApp, client_of: Any, kept: Any) 
 class Quick(Failing):
     """A backend that is done at once."""
 
-    async def generate(self, work: Work, timeout_s: float) -> GenerationResult:
-        return GenerationResult(images=[b"png"], seeds=[7], timings={}, warnings=[])
+    async def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
+        yield Image(0, 7, b"png")
+        yield Done({}, [])
 
 
 def test_the_versions_that_served_are_told_apart_up_to_a_number(

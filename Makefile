@@ -6,6 +6,8 @@ TORCH_INDEX_URL ?=
 ARGS ?=
 # Processes that share the tests which need no service; 0: none beside pytest's own.
 TEST_WORKERS ?= 2
+# Where tests that need a service are: reading the others takes a while.
+SERVICE_TESTS := tests/integration tests/e2e
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -25,10 +27,13 @@ smoke: .venv/serve ## start the service, make out/*.png with the command line, s
 train-demo: .venv/train ## train the two sample styles and measure what they learnt, out/train-demo; twelve minutes
 	PYTHONPATH=scripts $(BIN)/python scripts/train_demo.py $(ARGS)
 
+# Ray's workers, pytest's and every command of a test read the same modules: compiled once.
+test nightly: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/dev ## the whole test suite (ARGS="-k recipe" and so on: in one process)
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal -m "not service and not nightly"
-	$(BIN)/python -m pytest -m "service and not nightly"
+	$(BIN)/python -m pytest -m "service and not nightly" $(SERVICE_TESTS)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -17,6 +17,7 @@ from lorafleet.core.local_ray import prepare_local_ray
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KINDS = ("unit", "deploy", "integration", "e2e", "gpu")
+SERVICE_KINDS = ("integration", "e2e")  # the Makefile's SERVICE_TESTS
 
 
 def _has_gpu() -> str | None:
@@ -88,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(kind)
         if kind == "e2e" or "service_url" in getattr(item, "fixturenames", ()):
             item.add_marker("service")
+            if kind not in SERVICE_KINDS:
+                raise pytest.UsageError(f"{item.nodeid} needs a service: put it where make test looks for such tests")
     items.sort(key=lambda item: KINDS.index(item.path.relative_to(root).parts[0]))  # quick ones first
 
 

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import aclosing, suppress
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from lorafleet.serve.work import Work
 logger = logging.getLogger(__name__)
 
 READ_S: Final = 30.0
+CANCEL_AGAIN_S: Final = 0.5
 LOOK_S: Final = 5.0  # how often a gateway looks for jobs that another one left behind
 CANCELLED: Final = {"type": "cancelled"}
 RESULTS: Final[dict[str, Result]] = {"done": OK, "error": "error", "cancelled": "cancelled"}
@@ -102,10 +103,7 @@ class Jobs:
 
     async def close(self) -> None:
         """Stops all work; what had not ended is still there if the store is, for another gateway to go on with."""
-        tasks = [*self._tasks.values(), *([self._looking] if self._looking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _stopped([*self._tasks.values(), *([self._looking] if self._looking else [])])
         await self._store.close()
 
     # ---- inside ----
@@ -136,7 +134,7 @@ class Jobs:
         except LorafleetError as error:  # the store is away: who looks for abandoned jobs finds this one
             logger.warning("job %s cannot be noted: %s", job.id, error.message)
         finally:
-            leasing.cancel()
+            await _stopped([leasing])
 
     async def _attempt(self, job: Job) -> dict[str, Any]:
         """Does it; its last event."""
@@ -184,6 +182,19 @@ class Jobs:
             except NotReady as error:
                 logger.warning("%s", error.message)
             await asyncio.sleep(LOOK_S)
+
+
+async def _stopped(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they have ended. Once may not do: what redis sends with, `asyncio.wait_for`, loses in Python
+    3.11 a cancellation that comes as it is done (github.com/python/cpython/issues/86296)."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        ended, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+        for task in ended:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("a job's task failed", exc_info=error)
 
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -39,7 +39,7 @@ else
 endif
 
 nightly: .venv/dev ## the long tests (200 mixes against diffusers and PEFT, killed trainers, whole evaluations, images): an hour
-	$(BIN)/python -m pytest -m nightly $(ARGS)
+	$(BIN)/python -m pytest -m nightly -o faulthandler_timeout=3600 $(ARGS)
 ifeq ($(ARGS),)
 	SERVICE_WAY=direct $(BIN)/python -m pytest -m "service and not nightly" tests/integration
 endif

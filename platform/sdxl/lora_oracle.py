@@ -5,8 +5,9 @@ Needs peft. Nothing here shares code with the bank or with our readers and write
 
 import copy
 import dataclasses
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +37,16 @@ def generate_with_adapters(
 
 
 def with_adapters(base: Base, adapters: Sequence[tuple[Adapter, float]]) -> Base:
-    """A base with copies of its UNet and text encoders that PEFT's layers are put into."""
+    """A base with copies of those of its UNet and text encoders that PEFT's layers are put into."""
     pipeline = copy.copy(base.pipeline)
-    models = {part: copy.deepcopy(getattr(base.pipeline, part)) for part in PARTS}
+    keys = [key for adapter, _ in adapters for key in adapter.modules]
+    changed = [part for part in PARTS if any(key.startswith(f"{part}.") for key in keys)]
+    models = {part: copy.deepcopy(getattr(base.pipeline, part)) for part in changed}
     paths = targets_of(base).paths
     for number, (adapter, weight) in enumerate(adapters):
         # PEFT looks for names within keys, so that one name must not be the start of another
         name = f"adapter_{number:03d}"
-        for part in PARTS:
+        for part in changed:
             modules = {paths[key][1]: module for key, module in adapter.modules.items() if key.startswith(f"{part}.")}
             if modules:
                 _inject(models[part], modules, name, weight)
@@ -61,9 +64,9 @@ def _inject(model: torch.nn.Module, modules: dict[str, Any], name: str, weight: 
     config = LoraConfig(
         r=1,
         lora_alpha=1,
-        rank_pattern={f"^{path}": module.rank for path, module in modules.items()},
-        alpha_pattern={f"^{path}": module.alpha for path, module in modules.items()},
-        target_modules=list(modules),
+        rank_pattern=_patterns({path: module.rank for path, module in modules.items()}),
+        alpha_pattern=_patterns({path: module.alpha for path, module in modules.items()}),
+        target_modules=_any_of(modules),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
@@ -73,3 +76,12 @@ def _inject(model: torch.nn.Module, modules: dict[str, Any], name: str, weight: 
         layer.lora_A[name].weight.data.copy_(module.a)
         layer.lora_B[name].weight.data.copy_(module.b)
         layer.set_scale(name, weight)
+
+
+def _patterns(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by paths as PEFT looks them up, one expression after the other: so one for all paths of a value."""
+    return {f"^{_any_of(path for path in values if values[path] == value)}": value for value in set(values.values())}
+
+
+def _any_of(paths: Iterable[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, paths))})"

@@ -22,7 +22,7 @@ BAND_BYTES: Final = 192 << 10
 """Compressed for itself; of three channels. A band's 16-bit differences stay in a core's cache."""
 
 _PAETH: Final = 4  # the filter's number, W3C, Portable Network Graphics, section 9
-_RGB_8_BITS: Final = (8, 2, 0, 0, 0)  # depth, colour type, and the only compression, filtering and order but interlaced
+_RGB_8_BITS: Final = (8, 2, 0, 0, 0)  # bit depth, colour type; compression, filters and interlacing: the usual ones
 
 
 def encode_png(image: Image.Image, text: PngInfo | None = None) -> bytes:

@@ -65,7 +65,7 @@ class Backend(Protocol):
         """The base that is loaded. Raises NotReady."""
 
     def stream(self, work: Work, timeout_s: float, *, is_detailed: bool) -> AsyncGenerator[Event]:
-        """The images as they are done and, with details, what goes before. Closed, it calls off what is not done.
+        """The images and, with details, all that goes before as it happens. Closed, it calls off what is not done.
 
         Raises LorafleetError; DeadlineExceeded soon after `timeout_s`.
         """
@@ -147,7 +147,7 @@ class Service:
         return model, Work(settled, prepared, previews=previews, is_seeded=is_seeded, adapters=adapters)
 
     async def start(self, work: Work, terms: Terms = ANY_TERMS, *, is_detailed: bool) -> Run:
-        """Begins the work, or joins it; without details there are no events before the images.
+        """Begins the work, or joins it; without details only `Queued` comes before the images.
 
         Raises Overloaded or IdempotencyConflict. The caller holds the run and lets it go.
         """

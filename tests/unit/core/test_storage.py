@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fleets import threads
 
 from lorafleet.core import folder_storage
 from lorafleet.core.errors import ConfigError, StorageUnavailable
@@ -104,7 +105,7 @@ def test_writing_while_others_remove_the_empty_folder(folder: FolderStorage) -> 
             assert folder.read(f"a/b/{name}") == b"1"
             folder.delete([f"a/b/{name}"])
 
-    run([lambda name=name: write_and_delete(name) for name in "wxyz"])  # type: ignore[misc]
+    threads(*[lambda name=name: write_and_delete(name) for name in "wxyz"])  # type: ignore[misc]
 
 
 def test_a_listing_does_not_miss_what_stays_while_others_go(folder: FolderStorage) -> None:
@@ -124,26 +125,7 @@ def test_a_listing_does_not_miss_what_stays_while_others_go(folder: FolderStorag
         finally:
             stop.set()
 
-    run([churn, look])
-
-
-def run(tasks: list[Callable[[], None]]) -> None:
-    """All at once; the first error is raised here."""
-    errors: list[BaseException] = []
-
-    def guarded(task: Callable[[], None]) -> None:
-        try:
-            task()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(task,)) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    threads(churn, look)
 
 
 # --- a store that cannot be used ---
